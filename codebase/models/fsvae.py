@@ -1,0 +1,53 @@
+"""The FSVAE of the bonus problem: a VAE of colour images, conditioned on their label."""
+
+import torch
+from torch import Tensor, nn
+
+from codebase import utils
+from codebase.models import nns
+
+
+class FSVAE(nn.Module):
+    """p(z) p(x | z, y) with Gaussian pixels of variance 1/10 and q(z | x, y) a diagonal Gaussian.
+
+    Images x are (batch, 3072), channel-major, with values in [0, 1]; labels y one-hot (batch, 10).
+    """
+
+    x_var = 0.1
+
+    def __init__(self, name: str = "fsvae"):
+        super().__init__()
+        self.name, self.z_dim, self.y_dim = name, 10, 10
+        self.enc = nns.Encoder(self.z_dim, self.y_dim, x_dim=3072, hidden=500)
+        self.dec = nns.Decoder(self.z_dim, self.y_dim, x_dim=3072, hidden=500)
+        self.register_buffer("z_prior_m", torch.zeros(1))
+        self.register_buffer("z_prior_v", torch.ones(1))
+
+    def negative_elbo_bound(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-ELBO of log p(x | y) = KL(q(z | x, y) || p(z)) - E_q log N(x; dec(z, y), 1/10 I), one sample of z per image.
+
+        Returns nelbo, kl_z, rec: scalars in nats, averaged over the batch, nelbo = kl_z + rec. rec carries the
+        normalising constant 3072/2 log(2 pi / 10) and so may be negative.
+        """
+        qm, qv = self.enc(x, y)
+        kl_z = utils.kl_normal(qm, qv, self.z_prior_m, self.z_prior_v).mean()
+        mean = self.dec(utils.sample_gaussian(qm, qv), y)
+        rec = -utils.log_normal(x, mean, torch.full_like(mean[:1, :1], self.x_var)).mean()
+        return kl_z + rec, kl_z, rec
+
+    def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss, -ELBO, and its terms by name."""
+        nelbo, kl_z, rec = self.negative_elbo_bound(x, y)
+        return nelbo, {"train/loss": nelbo, "gen/elbo": -nelbo, "gen/kl_z": kl_z, "gen/rec": rec}
+
+    def sample_z(self, batch: int) -> Tensor:
+        """Draw from the prior: (batch, z_dim)."""
+        return utils.sample_gaussian(self.z_prior_m.expand(batch, self.z_dim), self.z_prior_v)
+
+    def compute_mean_given(self, z: Tensor, y: Tensor) -> Tensor:
+        """E[x | z, y], (batch, 3072); a network's output, so clip it to [0, 1] to look at it."""
+        return self.dec(z, y)
+
+    def reconstruct(self, x: Tensor, y: Tensor, new_y: Tensor | None = None) -> Tensor:
+        """Decode the posterior mean of z given x, y; with new_y, the style of x on another label. (batch, 3072)."""
+        return self.compute_mean_given(self.enc(x, y)[0], y if new_y is None else new_y)

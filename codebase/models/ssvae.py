@@ -1,0 +1,78 @@
+"""The SSVAE of problem 4: semi-supervised classification with the label summed out exactly."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from codebase import utils
+from codebase.models import nns
+
+
+class SSVAE(nn.Module):
+    """p(y) p(z) p(x | z, y) on binary pixels, y uniform over ten labels, with q(y | x) q(z | x, y).
+
+    Images x are (batch, 784) with values in {0, 1}, labels y one-hot (batch, 10).
+    """
+
+    def __init__(self, gen_weight: float = 1, class_weight: float = 100, name: str = "ssvae"):
+        super().__init__()
+        self.name, self.gen_weight, self.class_weight = name, gen_weight, class_weight
+        self.z_dim, self.y_dim = 64, 10
+        self.enc = nns.Encoder(self.z_dim, self.y_dim)
+        self.dec = nns.Decoder(self.z_dim, self.y_dim)
+        self.cls = nns.Classifier(self.y_dim)
+        self.register_buffer("z_prior_m", torch.zeros(1))
+        self.register_buffer("z_prior_v", torch.ones(1))
+
+    def negative_elbo_bound(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-ELBO(x) = KL(q(y|x) || p(y)) + E_q(y|x) [ KL(q(z|x,y) || p(z)) - E_q(z|x,y) log p(x | z, y) ].
+
+        The expectation over y is exact, that over z takes one sample per image and label. Returns nelbo, kl_z, kl_y,
+        rec: scalars in nats, averaged over the batch, nelbo = kl_z + kl_y + rec.
+        Source: Kingma et al. 2014, equation 7, with q(y | x) as the handout has it.
+        """
+        log_q_y = F.log_softmax(self.cls(x), -1)
+        q_y = log_q_y.exp()  # (batch, 10)
+        kl_y = utils.kl_cat(q_y, log_q_y, torch.full_like(log_q_y, -math.log(self.y_dim)))
+
+        y = torch.eye(self.y_dim, dtype=x.dtype, device=x.device).unsqueeze(1)  # (10, 1, 10): label first
+        qm, qv = self.enc(x, y)  # (10, batch, z_dim)
+        z = utils.sample_gaussian(qm, qv)
+        kl_z = utils.kl_normal(qm, qv, self.z_prior_m, self.z_prior_v)  # (10, batch)
+        rec = -utils.log_bernoulli_with_logits(x, self.dec(z, y))
+
+        kl_y, kl_z, rec = kl_y.mean(), (q_y.T * kl_z).sum(0).mean(), (q_y.T * rec).sum(0).mean()
+        return kl_y + kl_z + rec, kl_z, kl_y, rec
+
+    def classification_cross_entropy(self, x: Tensor, y: Tensor) -> Tensor:
+        """-log q(y | x) in nats, averaged over the batch."""
+        return F.cross_entropy(self.cls(x), y.argmax(-1))
+
+    def loss(self, x: Tensor, xl: Tensor, yl: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """gen_weight * nelbo(x) + class_weight * cross-entropy on the labelled (xl, yl), and the terms by name.
+
+        With gen_weight = 0 the bound is not computed and its terms read 0.
+        """
+        logits, labels = self.cls(xl), yl.argmax(-1)
+        ce = F.cross_entropy(logits, labels)
+        acc = (logits.argmax(-1) == labels).to(ce.dtype).mean()
+        loss, nelbo, kl_z, kl_y, rec = self.class_weight * ce, *4 * [torch.zeros_like(ce)]
+        if self.gen_weight:
+            nelbo, kl_z, kl_y, rec = self.negative_elbo_bound(x)
+            loss = loss + self.gen_weight * nelbo
+        terms = {"train/loss": loss, "gen/elbo": -nelbo, "gen/kl_z": kl_z, "gen/kl_y": kl_y, "gen/rec": rec}
+        return loss, {**terms, "class/ce": ce, "class/acc": acc}
+
+    def sample_z(self, batch: int) -> Tensor:
+        """Draw from the prior: (batch, z_dim)."""
+        return utils.sample_gaussian(self.z_prior_m.expand(batch, self.z_dim), self.z_prior_v)
+
+    def compute_sigmoid_given(self, z: Tensor, y: Tensor) -> Tensor:
+        """E[x | z, y]: pixel probabilities, (batch, 784)."""
+        return torch.sigmoid(self.dec(z, y))
+
+    def sample_x_given(self, z: Tensor, y: Tensor) -> Tensor:
+        """Draw binary images from p(x | z, y), (batch, 784)."""
+        return torch.bernoulli(self.compute_sigmoid_given(z, y))

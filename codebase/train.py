@@ -1,0 +1,281 @@
+"""The training loop: one step for every model, resumable bit for bit, as a CUDA graph where there is CUDA."""
+
+import copy
+import ctypes
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from codebase import checkpoint
+from codebase.checkpoint import Fault, Stopped
+from codebase.evaluate import quietly
+
+LOG_EVERY = 100  # steps per row of metrics.csv, each the mean of its steps
+COLUMNS = {
+    "train/loss": "loss",
+    "gen/elbo": "nelbo",  # the table shows what goes down
+    "gen/kl_z": "kl",
+    "gen/kl_y": "kl_y",
+    "gen/rec": "rec",
+    "class/ce": "ce",
+    "class/acc": "acc",
+}
+Batch = Callable[[Tensor], tuple]
+
+
+def order(n: int, batch_size: int, seed: int, start: int, device) -> Iterator[Tensor]:
+    """Batches of positions from batch `start` on: shuffled passes over all n images, laid end to end."""
+
+    def shuffled(epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + epoch) % 2**32)
+        return torch.randperm(n, generator=generator).to(device)
+
+    epoch, offset = divmod(start * batch_size, n)
+    ahead = shuffled(epoch)[offset:]
+    while True:
+        while len(ahead) < batch_size:
+            epoch += 1
+            ahead = torch.cat([ahead, shuffled(epoch)])
+        yield ahead[:batch_size]
+        ahead = ahead[batch_size:]
+
+
+def adam(model: torch.nn.Module, device) -> torch.optim.Adam:
+    """Adam with learning rate 1e-3, in one kernel where there is one."""
+    kind = torch.device(device).type
+    return torch.optim.Adam(model.parameters(), lr=1e-3, fused=kind in ("cpu", "cuda"), capturable=kind == "cuda")
+
+
+class Step:
+    """One training step on the images at the positions of a batch; the terms of the loss add up on the device.
+
+    batch(index) returns what model.loss takes: a tuple with a row per image, and a tuple shared by all images.
+    """
+
+    def __init__(self, model, batch: Batch, optimizer, terms: Tensor):
+        self.model, self.batch, self.optimizer, self.terms = model, batch, optimizer, terms
+
+    def gradients(self, index: Tensor) -> dict[str, Tensor]:
+        """Leave the gradients of the loss in the parameters; return the terms of the loss by name."""
+        inputs, shared = self.batch(index)
+        loss, summaries = self.model.loss(*inputs, *shared)
+        loss.backward()
+        return summaries
+
+    def __call__(self, index: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        summaries = self.gradients(index)
+        self.optimizer.step()
+        self.terms += torch.stack([value.detach() for value in summaries.values()])
+
+
+class Replayed:
+    """A Step recorded once, as a CUDA graph, and replayed; random numbers go on from replay to replay."""
+
+    def __init__(self, step: Step, index: Tensor, record=None):
+        self.index = index.clone()  # the graph reads its batch from here
+        before = _snapshot(step)
+        for _ in range(3):  # let libraries allocate what they need outside the graph
+            _on_side_stream(step, self.index)
+        _restore(step, before)
+        self.replay = (record or _record_cuda_graph)(step, self.index)
+
+    def __call__(self, index: Tensor) -> None:
+        self.index.copy_(index)
+        self.replay()
+
+
+def _on_side_stream(step: Step, index: Tensor) -> None:
+    if index.device.type != "cuda":
+        return step(index)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(index)
+    torch.cuda.current_stream().wait_stream(side)
+
+
+def _record_cuda_graph(step: Step, index: Tensor) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(index)
+    return graph.replay
+
+
+def _snapshot(step: Step) -> tuple:
+    return copy.deepcopy((step.model.state_dict(), step.optimizer.state_dict()["state"], step.terms, random_state()))
+
+
+def _restore(step: Step, before: tuple) -> None:
+    """Put weights, optimizer and random state back in place: the tensors stay, so a graph can be recorded on them."""
+    weights, moments, terms, random = before
+    step.model.load_state_dict(weights)
+    for number, parameter in enumerate(step.model.parameters()):
+        for key, value in step.optimizer.state[parameter].items():
+            value.copy_(moments[number][key]) if number in moments else value.zero_()
+    step.terms.copy_(terms)
+    set_random_state(random)
+
+
+def random_state() -> dict[str, Tensor]:
+    """The states of torch's generators, of the CPU and of the accelerator in use."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step, not hand it to the system and fault it in again (20% faster)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
+class Table:
+    """The rows of metrics.csv, and the terms that add up to the next row."""
+
+    def __init__(self, names: list[str], device, stored: dict | None):
+        stored = stored or {"rows": [], "terms": [0.0] * len(names), "steps": 0, "seconds": 0.0}
+        self.names, self.rows, self.steps = names, stored["rows"], stored["steps"]
+        self.terms = torch.tensor(stored["terms"], device=device)
+        self.began = time.monotonic() - stored["seconds"]
+
+    def state(self) -> dict:
+        return {"rows": self.rows, "terms": self.terms.tolist(), "steps": self.steps, "seconds": self.seconds()}
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def check(self, step: int) -> list[float]:
+        """The terms so far; raises Fault where one is not finite."""
+        values = self.terms.tolist()
+        for name, value in zip(self.names, values, strict=True):
+            if not math.isfinite(value):
+                raise Fault(f"{COLUMNS[name]} is {value} at step {step}: training stopped, the last checkpoint is kept")
+        return values
+
+    def close_row(self, step: int) -> dict[str, float]:
+        means = {COLUMNS[name]: value / self.steps for name, value in zip(self.names, self.check(step), strict=True)}
+        means["nelbo"] = 0.0 - means["nelbo"]
+        self.rows.append([step, *means.values(), round(self.seconds(), 3)])
+        self.terms.zero_()
+        self.steps = 0
+        return means
+
+    def csv(self) -> str:
+        head = ["step", *(COLUMNS[name] for name in self.names), "seconds"]
+        return "".join(
+            ",".join(f"{value:.10g}" if isinstance(value, float) else str(value) for value in row) + "\n"
+            for row in [head, *self.rows]
+        )
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a plain line every few seconds."""
+
+    def __init__(self, start: int, stop: int):
+        shown = sys.stderr.isatty()
+        self.bar = tqdm(initial=start, total=stop, disable=not shown, dynamic_ncols=True, mininterval=0.5)
+        self.stop, self.told, self.before = stop, time.monotonic(), start
+
+    def show(self, step: int, means: dict[str, float]) -> None:
+        figures = {key: f"{means[key]:.2f}" for key in ("loss", "kl", "rec")}
+        self.bar.set_postfix(figures, refresh=False)
+        if self.bar.disable and (now := time.monotonic()) > self.told + 5:
+            rate = (step - self.before) / (now - self.told)
+            text = ", ".join(f"{key} {value}" for key, value in figures.items())
+            print(f"step {step:,} of {self.stop:,}: {text}, {rate:.0f} steps/s", file=sys.stderr, flush=True)
+            self.told, self.before = now, step
+
+
+def fit(model, batch: Batch, n: int, args, state: dict | None, on_save=lambda step: None) -> None:
+    """Train model to step args.iter_max, from the stored state if there is one, and store checkpoints on the way.
+
+    batch: see Step; n: the number of training images. on_save(step) is called after each checkpoint.
+    Raises Stopped on SIGINT and SIGTERM, once the state is saved; Fault where a loss or a weight is not finite.
+    """
+    keep_freed_memory()
+    with quietly(model):
+        inputs, shared = batch(torch.zeros(1, dtype=torch.int64, device=args.device))
+        names = list(model.loss(*inputs, *shared)[1])
+    optimizer, table, start = adam(model, args.device), Table(names, args.device, state and state["table"]), 0
+    if state:
+        start = state["step"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        set_random_state(state["random"])
+    batches = order(n, args.batch_size, args.seed, start, args.device)
+    train_step = fastest(Step(model, batch, optimizer, table.terms), args)
+    progress = Progress(start, args.iter_max)
+
+    def save(step: int, checkpointed: bool) -> None:
+        table.check(step)
+        if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
+            raise Fault(f"weights are not finite at step {step}: training stopped, the last checkpoint is kept")
+        if checkpointed:
+            checkpoint.save_model_by_name(model, step)
+        state = {"step": step, "settings": args.settings, "model": model.state_dict(), "table": table.state()}
+        state |= {"optimizer": optimizer.state_dict(), "random": random_state()}
+        checkpoint.save_state(model.name, state)
+        checkpoint.write(checkpoint.log_dir(model.name) / "metrics.csv", table.csv())
+        if checkpointed:
+            on_save(step)
+
+    with signals() as caught:
+        for step in range(start + 1, args.iter_max + 1):
+            train_step(next(batches))
+            table.steps += 1
+            progress.bar.update()
+            last = step == args.iter_max
+            if step % LOG_EVERY == 0 or last:
+                progress.show(step, table.close_row(step))
+            if step % args.iter_save == 0 or last:
+                save(step, checkpointed=True)
+            if caught and not last:
+                save(step, checkpointed=False)
+                raise Stopped(caught[0], step)
+    progress.bar.close()
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list instead of being ended by them."""
+    caught: list[int] = []
+    before = {
+        number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fastest(step: Step, args) -> Callable[[Tensor], None]:
+    """The step itself, or its CUDA graph where one can be recorded; says once why not."""
+    if torch.device(args.device).type != "cuda":
+        return step
+    try:
+        return Replayed(step, torch.zeros(args.batch_size, dtype=torch.int64, device=args.device))
+    except RuntimeError as error:
+        print(f"training without a CUDA graph: {str(error).splitlines()[0]}", file=sys.stderr)
+        return step

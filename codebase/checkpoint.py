@@ -9,6 +9,7 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
+writes = True  # False in all but the first of several processes: they write nothing
 IGNORED_KEYS = {"x_v", "y_prior"}  # constants that some existing files carry
 
 
@@ -52,6 +53,8 @@ def stored_steps(name: str) -> list[int]:
 
 def write(path: Path, content: bytes | str) -> None:
     """Write a file beside its place, flush it to disk and rename it: a reader sees the old file or the new one."""
+    if not writes:
+        return
     content = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")

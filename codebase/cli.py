@@ -184,7 +184,11 @@ def without_train(argv: list[str]) -> list[str]:
 def launch(args, one_run) -> int:
     """Do run --run, or one after another --runs of them and their summary; return the exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    code, results = 0, {}
+    args.ranks, code, results = None, 0, {}
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
+        from codebase import experiment
+
+        experiment.join(args)
     first, seed = args.run, args.seed
     for run in range(first, first + args.runs):
         args.run, args.seed = run, run if seed is None else seed + run - first
@@ -196,15 +200,20 @@ def launch(args, one_run) -> int:
     return code
 
 
+def first_rank(args, decide):
+    """decide() done by this process, or by the first of several for all of them."""
+    return args.ranks.first(decide) if args.ranks else decide()
+
+
 def _attempt(args, one_run, results: dict) -> int:
     try:
-        settle_data(args)
+        args.data = first_rank(args, lambda: settle_data(args) or args.data)
         args.name = f"{stem(args)}_run={args.run:04d}"
         check_checkpoint(args)
         from codebase import experiment
 
         experiment.settle_device(args)
-        with checkpoint.hold(args.name):
+        with experiment.hold(args):
             results[args.run] = one_run(args)
         return 0
     except Stopped as stop:
@@ -224,7 +233,8 @@ def _attempt(args, one_run, results: dict) -> int:
 
 
 def _say(line: str, code: int) -> int:
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    if checkpoint.writes:
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     return code
 
 

@@ -1,12 +1,14 @@
 """What a run of every script does between its command line and its model: device, training or loading, results."""
 
+import contextlib
 import json
 import os
+import sys
 import time
 
 import torch
 
-from codebase import checkpoint, data, evaluate, figures, train
+from codebase import checkpoint, cli, data, evaluate, figures, train
 from codebase.checkpoint import Refused
 
 OWN_SETTINGS = ("z", "k", "beta", "gw", "cw", "split")
@@ -21,6 +23,25 @@ def settle_device(args) -> None:
     if not usable[kind]:
         raise Refused(f"argument --device: torch finds no {kind} on this machine; takes cpu or auto")
     args.device = kind
+
+
+def join(args) -> None:
+    """Join the processes that torchrun started; all but the first fall silent and write nothing."""
+    from codebase.parallel import Ranks
+
+    settle_device(args)
+    args.ranks = Ranks(args.device)
+    if args.ranks.rank:
+        checkpoint.writes = False
+        sys.stdout = open(os.devnull, "w")
+
+
+@contextlib.contextmanager
+def hold(args):
+    """checkpoint.hold by the first process for all."""
+    with contextlib.ExitStack() as stack:
+        cli.first_rank(args, lambda: stack.enter_context(checkpoint.hold(args.name)))
+        yield
 
 
 def settings(args) -> dict:
@@ -46,7 +67,7 @@ def train_or_load(model, batch, n: int, args, on_save=lambda step: None) -> None
     """
     name, steps = model.name, args.iter_max
     if args.overwrite:
-        checkpoint.discard(name)
+        cli.first_rank(args, lambda: checkpoint.discard(name))
     state = checkpoint.load_state(name) if args.train else None
     if state:
         _check_settings(state["settings"], settings(args), name)
@@ -146,7 +167,7 @@ def binary_run(args, make) -> dict[str, float]:
             figures.grid(model.sample_sigmoid(200), 20, folder / "samples.png"),
             figures.reconstructions(x_test, model.reconstruct(x_test), folder / "reconstructions.png"),
         ]
-    results = evaluate.bounds(model, x_test, () if args.train else tuple(args.iw))
+    results = evaluate.bounds(model, x_test, () if args.train else tuple(args.iw), ranks=args.ranks)
     finish(args, results, pictures)
     print_bounds(results)
     return results

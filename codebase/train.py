@@ -193,14 +193,14 @@ class Progress:
     """A bar on a terminal; elsewhere a plain line every few seconds."""
 
     def __init__(self, start: int, stop: int):
-        shown = sys.stderr.isatty()
+        shown = sys.stderr.isatty() and checkpoint.writes
         self.bar = tqdm(initial=start, total=stop, disable=not shown, dynamic_ncols=True, mininterval=0.5)
         self.stop, self.told, self.before = stop, time.monotonic(), start
 
     def show(self, step: int, means: dict[str, float]) -> None:
-        figures = {key: f"{means[key]:.2f}" for key in ("loss", "kl", "rec")}
+        figures = {key: f"{means[key]:.2f}" for key in ("loss", "kl", "rec", "ce", "acc") if means.get(key)}
         self.bar.set_postfix(figures, refresh=False)
-        if self.bar.disable and (now := time.monotonic()) > self.told + 5:
+        if self.bar.disable and checkpoint.writes and (now := time.monotonic()) > self.told + 5:
             rate = (step - self.before) / (now - self.told)
             text = ", ".join(f"{key} {value}" for key, value in figures.items())
             print(f"step {step:,} of {self.stop:,}: {text}, {rate:.0f} steps/s", file=sys.stderr, flush=True)
@@ -224,7 +224,6 @@ def fit(model, batch: Batch, n: int, args, state: dict | None, on_save=lambda st
         optimizer.load_state_dict(state["optimizer"])
         set_random_state(state["random"])
     batches = order(n, args.batch_size, args.seed, start, args.device)
-    train_step = fastest(Step(model, batch, optimizer, table.terms), args)
     progress = Progress(start, args.iter_max)
 
     def save(step: int, checkpointed: bool) -> None:
@@ -241,6 +240,7 @@ def fit(model, batch: Batch, n: int, args, state: dict | None, on_save=lambda st
             on_save(step)
 
     with signals() as caught:
+        train_step = fastest(model, batch, optimizer, table.terms, args, caught)
         for step in range(start + 1, args.iter_max + 1):
             train_step(next(batches))
             table.steps += 1
@@ -270,12 +270,16 @@ def signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def fastest(step: Step, args) -> Callable[[Tensor], None]:
-    """The step itself, or its CUDA graph where one can be recorded; says once why not."""
-    if torch.device(args.device).type != "cuda":
-        return step
-    try:
-        return Replayed(step, torch.zeros(args.batch_size, dtype=torch.int64, device=args.device))
-    except RuntimeError as error:
-        print(f"training without a CUDA graph: {str(error).splitlines()[0]}", file=sys.stderr)
-        return step
+def fastest(model, batch: Batch, optimizer, terms: Tensor, args, caught: list[int]) -> Callable[[Tensor], None]:
+    """The step of these processes, of this process, or on CUDA its graph where one can be recorded."""
+    if args.ranks:
+        from codebase.parallel import SharedStep
+
+        return SharedStep(model, batch, optimizer, terms, args.ranks, caught)
+    step = Step(model, batch, optimizer, terms)
+    if torch.device(args.device).type == "cuda":
+        try:
+            return Replayed(step, torch.zeros(args.batch_size, dtype=torch.int64, device=args.device))
+        except RuntimeError as error:
+            print(f"training without a CUDA graph: {str(error).splitlines()[0]}", file=sys.stderr)
+    return step

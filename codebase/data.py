@@ -84,7 +84,12 @@ def mnist(args, split: str) -> Images:
     images, labels = raw / f"{prefix}-images-idx3-ubyte", raw / f"{prefix}-labels-idx1-ubyte"
     check_idx(images, (2051, count, 28, 28), args.check_data)
     check_idx(labels, (2049, count), args.check_data)
-    data = torchvision.datasets.MNIST(args.data_dir, train=split == "train")
+    try:
+        data = torchvision.datasets.MNIST(args.data_dir, train=split == "train")
+    except RuntimeError as error:  # one of the other split's files
+        raise Refused(
+            f"{raw} holds not all four files of MNIST: put {', '.join(COURSE['mnist_sha256'])} there"
+        ) from error
     found = torch.bincount(data.targets, minlength=10).tolist()
     if len(found) > 10 or (args.check_data and found != COURSE["class_counts"][split]):
         raise Refused(f"{labels} has labels outside 0 to 9: {cure(labels)}")

@@ -33,7 +33,7 @@ def join(args) -> None:
     args.ranks = Ranks(args.device)
     if args.ranks.rank:
         checkpoint.writes = False
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
 
 
 @contextlib.contextmanager

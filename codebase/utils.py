@@ -113,8 +113,8 @@ class _LogBernoulli(torch.autograd.Function):
         tail = logits.abs().neg_().exp_()  # softplus(l) = max(l, 0) + log(1 + tail)
         rounded = tail + 1
         log1p = tail.sub_(rounded - 1).div_(rounded).add_(rounded.log_())  # log u + (what rounding took from u) / u
-        softplus = log1p.add_(torch.clamp(logits, min=0, out=rounded))
-        return (x * logits).sub_(softplus).sum(-1)
+        linear = (x * logits).sub_(torch.clamp(logits, min=0, out=rounded))  # 0 where a pixel is surely right
+        return linear.sub_(log1p).sum(-1)
 
     @staticmethod
     def backward(ctx, grad):

@@ -49,8 +49,12 @@ def folder(text: str) -> str:
         raise argparse.ArgumentTypeError("takes the path of a folder, not an empty or impossible one")
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"takes a folder, and {text} is a file")
-    if not path.exists() and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise argparse.ArgumentTypeError(f"takes a folder, and {text} neither exists nor can be made")
+    if not path.exists():
+        try:  # whether it can be made is only known by making it; it is left to the download to do so for good
+            path.mkdir()
+            path.rmdir()
+        except OSError:
+            raise argparse.ArgumentTypeError(f"takes a folder, and {text} neither exists nor can be made") from None
     return text
 
 

@@ -68,7 +68,7 @@ def confusion(counts: Tensor, path: Path) -> str:
     """The confusion matrix, rows the true digit, columns the assigned one, in percent of the row."""
     share = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     figure, axis = pyplot.subplots(figsize=(5.6, 5), layout="constrained")
-    shown = axis.imshow(share, cmap="cividis", vmin=0, vmax=100)
+    shown = axis.imshow(share.numpy(), cmap="cividis", vmin=0, vmax=100)
     for row in range(10):
         for column in range(10):
             if counts[row, column]:

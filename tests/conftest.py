@@ -1,6 +1,8 @@
 """What the tests share: the scripts as a user calls them, the drawn digits, and real MNIST where it is present."""
 
+import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,11 +33,32 @@ def digits_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def script(tmp_path, digits_dir):
-    """Run a script in an empty folder on drawn digits: script("vae", "--iter_max", 20) -> CompletedProcess."""
+def script(tmp_path, digits_dir, monkeypatch, capfd):
+    """Call main() of a script in an empty folder on drawn digits: script("vae", "--iter_max", 20)."""
 
-    def run(name: str, *flags, data=("--data", "digits"), env=None, cwd=tmp_path) -> subprocess.CompletedProcess:
-        flags = [*data, "--data_dir", digits_dir, *flags]
+    def run(name: str, *flags, cwd=tmp_path) -> subprocess.CompletedProcess:
+        words = [f"run_{name}.py", "--data", "digits", "--data_dir", str(digits_dir), *map(str, flags)]
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", words)
+        before = signal.getsignal(signal.SIGTERM)
+        capfd.readouterr()
+        try:
+            code = importlib.import_module(f"run_{name}").main(words[1:])
+        except SystemExit as exit:
+            code = exit.code
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return subprocess.CompletedProcess(words, code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def process(tmp_path, digits_dir):
+    """Run a script in a process of its own: process("vae", "--iter_max", 20) -> CompletedProcess."""
+
+    def run(name: str, *flags, env=None, cwd=tmp_path) -> subprocess.CompletedProcess:
+        flags = ["--data", "digits", "--data_dir", digits_dir, *flags]
         return subprocess.run(
             command(name, *flags),
             cwd=cwd,

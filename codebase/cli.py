@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 from codebase import checkpoint
@@ -230,10 +231,11 @@ def _attempt(args, one_run, results: dict) -> int:
         return _say(f"error: {error or 'out of memory: use a smaller --batch_size'}", 1)
     except OSError as error:
         return _say(f"error: {error.strerror or error}: {error.filename or 'while writing'}; checkpoints are intact", 1)
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        return _say("error: out of memory: use a smaller --batch_size", 1)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            return _say("error: out of memory: use a smaller --batch_size", 1)
+        traceback.print_exc()  # a bug: it must not take the other runs of a series down
+        return 1
 
 
 def _say(line: str, code: int) -> int:

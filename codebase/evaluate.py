@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from codebase import utils
+
 SAMPLES = 100  # evaluations that NELBO, KL and Rec are averages over; IWAE-m takes SAMPLES // m, at least one
 ROWS = 1000  # decoder rows at a time: few enough to stay in a CPU's cache
 
@@ -66,6 +68,21 @@ def _grouped(log_w: Tensor, m: int) -> Tensor:
     """log sum w and log sum w^2 of groups of m samples: (SAMPLES, n) to (2, SAMPLES // m, n)."""
     groups = log_w[: SAMPLES // m * m].unflatten(0, (-1, m))
     return torch.stack([groups.logsumexp(1), (2 * groups).logsumexp(1)])
+
+
+def latent_use(model, x: Tensor) -> dict[str, float]:
+    """How much of z a VAE or GMVAE uses on binary images x (n, 784).
+
+    active: dimensions of z whose posterior mean varies over the images by more than 0.01 (Burda et al. 2016, 5.2);
+    components: of a mixture prior, those that are the likeliest source of the posterior mean of at least one image.
+    """
+    with quietly(model):
+        m = torch.cat([model.enc(rows)[0] for rows in x.split(ROWS)])
+        found = {"active": (m.var(0) > 0.01).sum().item()}
+        if hasattr(model, "prior"):
+            best = [utils.log_normal(rows.unsqueeze(-2), *model.prior()).argmax(-1) for rows in m.split(ROWS)]
+            found["components"] = torch.cat(best).unique().numel()
+    return found
 
 
 def confusion(model, images) -> Tensor:

@@ -154,7 +154,8 @@ def read_json(path) -> dict:
 def binary_run(args, make) -> dict[str, float]:
     """A run of the VAE or the GMVAE, which differ in the model alone: train or load, draw, evaluate."""
     model = construct(make, args)
-    x_test = data.test_subset(data.load(args, "test"))
+    test = data.load(args, "test")
+    x_test = data.test_subset(test)
     images = data.load(args, "train") if args.train else []
 
     def batch(index):
@@ -167,7 +168,9 @@ def binary_run(args, make) -> dict[str, float]:
             figures.grid(model.sample_sigmoid(200), 20, folder / "samples.png"),
             figures.reconstructions(x_test, model.reconstruct(x_test), folder / "reconstructions.png"),
         ]
+        everything = data.binarize(test.pixels)
     results = evaluate.bounds(model, x_test, () if args.train else tuple(args.iw), ranks=args.ranks)
+    results |= evaluate.latent_use(model, everything)
     finish(args, results, pictures)
     print_bounds(results)
     return results

@@ -288,6 +288,17 @@ def test_evaluation_leaves_mode_gradients_and_the_random_stream_as_they_were():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_latent_use_counts_the_dimensions_and_components_that_images_move():
+    torch.manual_seed(0)
+    model, x = GMVAE(z_dim=4, k=3), binary(200)
+    with torch.no_grad():
+        model.enc.net[4].weight[:2].zero_()  # two of the four posterior means do not depend on x
+        model.enc.net[4].weight[2:4].mul_(50)
+        model.z_pre[0, 0] = 1e3  # a component far from every image
+    found = evaluate.latent_use(model, x)
+    assert found["active"] == 2 and 1 <= found["components"] <= 2
+
+
 @needs_mnist
 @needs_reference
 @pytest.mark.parametrize(

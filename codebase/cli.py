@@ -232,7 +232,7 @@ def _attempt(args, one_run, results: dict) -> int:
     except OSError as error:
         return _say(f"error: {error.strerror or error}: {error.filename or 'while writing'}; checkpoints are intact", 1)
     except Exception as error:
-        if isinstance(error, RuntimeError) and "memory" in str(error):
+        if isinstance(error, (RuntimeError, ValueError)) and "memory" in str(error):
             return _say("error: out of memory: use a smaller --batch_size", 1)
         traceback.print_exc()  # a bug: it must not take the other runs of a series down
         return 1

@@ -13,19 +13,36 @@ SAMPLES = 100  # evaluations that NELBO, KL and Rec are averages over; IWAE-m ta
 ROWS = 1000  # decoder rows at a time: few enough to stay in a CPU's cache
 
 
+def random_state() -> dict[str, Tensor]:
+    """The states of torch's generators, of the CPU and of the accelerator in use."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+
+
 @contextmanager
 def quietly(model, seed: int = 0) -> Iterator[None]:
     """Without gradients, in evaluation mode, and with a random stream of its own; everything is put back after."""
-    device = next(model.parameters()).device
-    training = model.training
-    kind = device.type if device.type != "cpu" else "cuda"
-    with torch.no_grad(), torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=kind):
-        torch.manual_seed(seed)
-        model.eval()
-        try:
+    training, random = model.training, random_state()
+    torch.manual_seed(seed)
+    model.eval()
+    try:
+        with torch.no_grad():
             yield
-        finally:
-            model.train(training)
+    finally:
+        model.train(training)
+        set_random_state(random)
 
 
 def bounds(model, x: Tensor, ms: tuple[int, ...] = (1, 10, 100, 1000), seed: int = 0, ranks=None) -> dict[str, float]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from codebase import checkpoint
 from codebase.checkpoint import Fault, Stopped
-from codebase.evaluate import quietly
+from codebase.evaluate import quietly, random_state, set_random_state
 
 LOG_EVERY = 100  # steps per row of metrics.csv, each the mean of its steps
 COLUMNS = {
@@ -122,24 +122,6 @@ def _restore(step: Step, before: tuple) -> None:
             value.copy_(moments[number][key]) if number in moments else value.zero_()
     step.terms.copy_(terms)
     set_random_state(random)
-
-
-def random_state() -> dict[str, Tensor]:
-    """The states of torch's generators, of the CPU and of the accelerator in use."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    if torch.backends.mps.is_available():
-        state["mps"] = torch.mps.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    if "mps" in state and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(state["mps"])
 
 
 def keep_freed_memory() -> None:

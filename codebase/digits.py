@@ -8,6 +8,7 @@ and single + - * / of IEEE floats are used, on a fixed integer stream, so the by
 import contextlib
 import functools
 import io
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 from codebase import checkpoint
 
 VERSION = 1  # raise it when the pictures change: the stored copies are named after it
-FONTS = "DejaVuSans DejaVuSans-Oblique DejaVuSerif-Italic STIXGeneralItalic cmss10 cmtt10 cmti10 cmmi10".split()
+FONTS = "DejaVuSans DejaVuSans-Oblique DejaVuSerif-Italic STIXGeneralItalic STIXGeneral cmss10 cmtt10 cmmi10".split()
 FIELD = 64  # a field has FIELD x FIELD points; a glyph is GLYPH points high
 GLYPH = 40
 BLOCK = 500  # images at a time
@@ -26,31 +27,62 @@ BLOCK = 500  # images at a time
 def fields() -> np.ndarray:
     """Signed distances to the outlines, negative inside, in field points: (fonts, 10, FIELD, FIELD) float32."""
     import matplotlib
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.path import Path as Outline
-    from matplotlib.textpath import TextPath
+    from fontTools.ttLib import TTFont
     from scipy.ndimage import distance_transform_edt
 
+    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it remarks on the age of some fonts
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     fine = 2
-    axis = (np.arange(FIELD * fine) + 0.5) / fine
-    points = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
+    axis = (np.arange(FIELD * fine) + 0.5) / fine - FIELD / 2
     out = np.empty((len(FONTS), 10, FIELD, FIELD), np.float32)
-    for row, font in enumerate(FONTS):
-        properties = FontProperties(fname=str(folder / f"{font}.ttf"))
+    for row, name in enumerate(FONTS):
+        font = TTFont(folder / f"{name}.ttf")
+        glyphs, names = font.getGlyphSet(), font.getBestCmap()
         for digit in range(10):
-            path = TextPath((0, 0), str(digit), size=100, prop=properties)
-            low, high = path.vertices.min(0), path.vertices.max(0)
+            # the font's own integers, not a renderer's: those differ between versions of FreeType
+            start, end = outline(glyphs, names[ord(str(digit))])
+            low, high = start.min(0), start.max(0)
             scale = GLYPH / (high[1] - low[1])
-            inside = np.zeros(len(points), bool)
-            for polygon in path.to_polygons():  # inside an odd number of outlines is ink
-                corners = (polygon - (low + high) / 2) * (scale, -scale) + FIELD / 2
-                inside ^= Outline(corners).contains_points(points)
-            inside = inside.reshape(FIELD * fine, -1)
+            inside = within(*((corner - (low + high) / 2) * (scale, -scale) for corner in (start, end)), axis)
             distance = distance_transform_edt(~inside) - distance_transform_edt(inside)
             coarse = distance.reshape(FIELD, fine, FIELD, fine).mean((1, 3)) / fine
             out[row, digit] = np.rint(coarse * 64) / 64
     return out
+
+
+def outline(glyphs, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The starts and ends of a glyph's outline as line segments, (n, 2) each."""
+    from fontTools.pens.basePen import BasePen
+
+    class Segments(BasePen):
+        def _moveTo(self, point):
+            self.first = point
+
+        def _closePath(self):
+            self._lineTo(self.first)
+
+        def _lineTo(self, point):
+            pairs.append((self._getCurrentPoint(), point))
+
+        def _curveToOne(self, b, c, d):  # quadratic curves arrive here too, as cubic ones
+            t = np.linspace(0, 1, 9)[:, None]
+            curve = [np.array(point, float) for point in (self._getCurrentPoint(), b, c, d)]
+            points = sum(k * (1 - t) ** (3 - i) * t**i * curve[i] for i, k in enumerate((1, 3, 3, 1)))
+            pairs.extend(zip(points[:-1], points[1:], strict=True))
+
+    pairs = []
+    glyphs[name].draw(Segments(glyphs))
+    start, end = np.array(pairs, float).transpose(1, 0, 2)
+    return start, end
+
+
+def within(start: np.ndarray, end: np.ndarray, axis: np.ndarray) -> np.ndarray:
+    """Which points (y, x) of axis x axis lie inside an odd number of outlines, by the edges to their left."""
+    (x0, y0), (x1, y1) = start.T[:, :, None], end.T[:, :, None]
+    crossed = (y0 > axis) != (y1 > axis)  # (edges, rows)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        x = np.where(crossed, x0 + (axis - y0) * (x1 - x0) / (y1 - y0), np.inf)
+    return (x[:, :, None] < axis).sum(0) % 2 == 1
 
 
 class Stream:

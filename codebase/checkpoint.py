@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 writes = True  # False in all but the first of several processes: they write nothing
+RESTART = "choose another --run, or --overwrite 1 to start over"
 IGNORED_KEYS = {"x_v", "y_prior"}  # constants that some existing files carry
 
 
@@ -182,4 +183,9 @@ def save_state(name: str, state: dict) -> None:
 
 def load_state(name: str) -> dict | None:
     """The stored state of an unfinished or finished training, or None."""
-    return _read_tensors(state_path(name)) if state_path(name).exists() else None
+    if not state_path(name).exists():
+        return None
+    state = _read_tensors(state_path(name))
+    if missing := {"step", "settings", "model", "table", "optimizer", "random"} - state.keys():
+        raise Refused(f"{state_path(name)} is no state to go on from: it has no {min(missing)}; {RESTART}")
+    return state

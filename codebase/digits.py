@@ -8,6 +8,7 @@ and single + - * / of IEEE floats are used, on a fixed integer stream, so the by
 import contextlib
 import functools
 import io
+import itertools
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,7 +69,7 @@ def outline(glyphs, name: str) -> tuple[np.ndarray, np.ndarray]:
             t = np.linspace(0, 1, 9)[:, None]
             curve = [np.array(point, float) for point in (self._getCurrentPoint(), b, c, d)]
             points = sum(k * (1 - t) ** (3 - i) * t**i * curve[i] for i, k in enumerate((1, 3, 3, 1)))
-            pairs.extend(zip(points[:-1], points[1:], strict=True))
+            pairs.extend(itertools.pairwise(points))
 
     pairs = []
     glyphs[name].draw(Segments(glyphs))

@@ -71,6 +71,7 @@ def train_or_load(model, batch, n: int, args, on_save=lambda step: None) -> None
     state = checkpoint.load_state(name) if args.train else None
     if state:
         _check_settings(state["settings"], settings(args), name)
+        checkpoint.check_weights(checkpoint.state_path(name), state["model"], model)
     stored = checkpoint.stored_steps(name)
     if steps in stored and (not state or state["step"] >= steps):
         checkpoint.load_model_by_name(model, steps)
@@ -109,8 +110,7 @@ def _check_settings(stored: dict, given: dict, name: str) -> None:
     for key, value in given.items():
         if stored.get(key, value) != value:
             raise Refused(
-                f"argument --{key}: {name} was made with {stored[key]}, not {value}: give that, "
-                "choose another --run, or --overwrite 1 to start over"
+                f"argument --{key}: {name} was made with {stored[key]}, not {value}: give that, {checkpoint.RESTART}"
             )
 
 

@@ -149,11 +149,12 @@ class Table:
 
     def check(self, step: int) -> list[float]:
         """The terms so far; raises Fault where one is not finite."""
-        values = self.terms.tolist()
-        for name, value in zip(self.names, values, strict=True):
-            if not math.isfinite(value):
-                raise Fault(f"{COLUMNS[name]} is {value} at step {step}: training stopped, the last checkpoint is kept")
-        return values
+        values = dict(zip(map(COLUMNS.get, self.names), self.terms.tolist(), strict=True))
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if broken:
+            terms = " and ".join(name for name in broken if name not in ("loss", "nelbo")) or "loss"
+            raise Fault(f"{terms} not finite at step {step}: training stopped, the last checkpoint is kept")
+        return list(values.values())
 
     def close_row(self, step: int) -> dict[str, float]:
         means = {COLUMNS[name]: value / self.steps for name, value in zip(self.names, self.check(step), strict=True)}
@@ -203,7 +204,8 @@ def fit(model, batch: Batch, n: int, args, state: dict | None, on_save=lambda st
     if state:
         start = state["step"]
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        groups = optimizer.state_dict()["param_groups"]  # of this device, not of the one that the state comes from
+        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         set_random_state(state["random"])
     batches = order(n, args.batch_size, args.seed, start, args.device)
     progress = Progress(start, args.iter_max)
@@ -211,11 +213,11 @@ def fit(model, batch: Batch, n: int, args, state: dict | None, on_save=lambda st
     def save(step: int, checkpointed: bool) -> None:
         table.check(step)
         if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
-            raise Fault(f"weights are not finite at step {step}: training stopped, the last checkpoint is kept")
+            raise Fault(f"weights not finite at step {step}: training stopped, the last checkpoint is kept")
         if checkpointed:
             checkpoint.save_model_by_name(model, step)
         state = {"step": step, "settings": args.settings, "model": model.state_dict(), "table": table.state()}
-        state |= {"optimizer": optimizer.state_dict(), "random": random_state()}
+        state |= {"optimizer": optimizer.state_dict()["state"], "random": random_state()}
         checkpoint.save_state(model.name, state)
         checkpoint.write(checkpoint.log_dir(model.name) / "metrics.csv", table.csv())
         if checkpointed:

@@ -243,3 +243,19 @@ def test_a_state_of_something_else_is_refused(change, tmp_path, script):
     torch.save({key: value for key, value in changed.items() if value is not None}, path)
     result = script("vae", "--iter_max", 20)
     assert result.returncode == 2 and "state.pt" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_four_replicates_at_once_give_the_figures_of_one_after_another(tmp_path, digits_dir):
+    """Separate folders, one thread each: neighbours on the machine change nothing but the time."""
+    last_lines = []
+    for at_once in (True, False):
+        found = []
+        for run in range(4):
+            place = tmp_path / f"{at_once}-{run}"
+            place.mkdir()
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            found.append(start("vae", place, digits_dir, "--iter_max", 50, "--run", run, env=environment))
+            if not at_once:
+                found[-1].wait()
+        last_lines.append([process.communicate()[0].splitlines()[-1] for process in found])
+    assert last_lines[0] == last_lines[1] and len(set(last_lines[0])) == 4

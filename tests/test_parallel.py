@@ -9,8 +9,6 @@ import torch
 from conftest import ROOT
 from test_scripts import NAMES, table, weights
 
-FIRST = {"vae": 1e-4, "ssvae": 1e-3, "fsvae": 1e-4}
-
 
 def torchrun(count: int, model: str, folder, digits_dir, *flags) -> subprocess.CompletedProcess:
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
@@ -21,8 +19,11 @@ def torchrun(count: int, model: str, folder, digits_dir, *flags) -> subprocess.C
     )
 
 
-def close(a: dict, b: dict, tolerance: float) -> bool:
-    return all(torch.allclose(a[key], b[key], rtol=0, atol=tolerance) for key in a)
+def distance(a: dict, b: dict) -> float:
+    """The norm of the difference over the norm of the weights: Adam may turn the rounding of a gradient that is nearly
+    zero into a step of its own size, so single weights can differ by more than the whole does."""
+    ours, theirs = (torch.cat([value.double().flatten() for value in weights.values()]) for weights in (a, b))
+    return ((ours - theirs).norm() / ours.norm()).item()
 
 
 @pytest.mark.parametrize("count, model", [(3, "vae"), (2, "ssvae"), (3, "fsvae")])
@@ -33,7 +34,7 @@ def test_several_processes_train_the_same_model_as_one(count, model, tmp_path, d
     alone = script(model, *flags, cwd=one)
     together = torchrun(count, model, many, digits_dir, *flags)
     assert together.returncode == 0, together.stderr
-    assert close(weights(one, NAMES[model], 20), weights(many, NAMES[model], 20), FIRST[model])
+    assert distance(weights(one, NAMES[model], 20), weights(many, NAMES[model], 20)) < 1e-4
     for row, wanted in zip(table(many, NAMES[model]), table(one, NAMES[model]), strict=True):
         assert {k: float(v) for k, v in row.items()} == pytest.approx(
             {k: float(v) for k, v in wanted.items()}, rel=1e-4

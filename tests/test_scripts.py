@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, command, tree
 
+from codebase import digits
+
 NUMBER = r"-?\d+\.\d+(e-?\d+)?"
 NAMES = {
     "vae": "model=vae_z=10_data=digits_run=0000",
@@ -176,8 +178,11 @@ def test_iwae_with_more_samples_needs_no_more_memory(script, tmp_path):
 
 
 def test_auto_takes_drawn_digits_where_there_is_no_mnist_and_says_so(tmp_path, digits_dir):
-    place = tmp_path / "nothing"
+    place = tmp_path / "no mnist"
     place.mkdir()
+    digits.load(str(digits_dir), "train", "grey"), digits.load(str(digits_dir), "test", "grey")
+    for stored in digits_dir.glob("drawn-grey-*.npz"):  # drawing them is not what is tested here
+        (place / stored.name).symlink_to(stored)
     dead = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     words = [*command("vae"), "--iter_max", "5", "--data_dir", str(place)]
     result = subprocess.run(words, cwd=tmp_path, env={**os.environ, **dead}, capture_output=True, text=True)

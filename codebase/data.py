@@ -160,6 +160,9 @@ def download(data: str, data_dir: str, paths: list[Path]) -> str | None:
         splits = [path.name.split("_")[0] for path in missing]
         code += f"[datasets.SVHN(sys.argv[1], split=split, download=True) for split in {splits}]"
     Path(data_dir).mkdir(exist_ok=True)
+    for left_over in Path(data_dir).glob(".download-*"):  # of a process that was killed long ago
+        if time.time() - left_over.stat().st_mtime > 86400:
+            shutil.rmtree(left_over, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=".download-", dir=data_dir))
     try:
         process = subprocess.Popen(

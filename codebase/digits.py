@@ -211,6 +211,8 @@ def load(data_dir: str, split: str, kind: str):
         pixels, labels = draw(split, kind)
         buffer = io.BytesIO()
         np.savez(buffer, pixels=pixels, labels=labels)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a folder that cannot be written to costs the drawing each time, no more
             checkpoint.write(path, buffer.getvalue())
+            for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+                left_over.unlink(missing_ok=True)
     return Images(torch.from_numpy(pixels), torch.from_numpy(labels))

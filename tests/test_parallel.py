@@ -26,7 +26,7 @@ def distance(a: dict, b: dict) -> float:
     return ((ours - theirs).norm() / ours.norm()).item()
 
 
-@pytest.mark.parametrize("count, model", [(3, "vae"), (2, "ssvae"), (3, "fsvae")])
+@pytest.mark.parametrize("count, model", [(3, "vae"), (2, "ssvae"), (2, "fsvae")])
 def test_several_processes_train_the_same_model_as_one(count, model, tmp_path, digits_dir, script):
     one, many = tmp_path / "one", tmp_path / "many"
     one.mkdir(), many.mkdir()
@@ -45,8 +45,8 @@ def test_several_processes_train_the_same_model_as_one(count, model, tmp_path, d
 
 
 def test_evaluation_shares_the_samples_and_a_run_goes_on_with_another_number_of_processes(tmp_path, digits_dir, script):
-    assert torchrun(2, "gmvae", tmp_path, digits_dir, "--iter_max", 10).returncode == 0
-    assert torchrun(3, "gmvae", tmp_path, digits_dir, "--iter_max", 20).returncode == 0
+    assert script("gmvae", "--iter_max", 10).returncode == 0
+    assert torchrun(2, "gmvae", tmp_path, digits_dir, "--iter_max", 20).returncode == 0
     flags = ("--iter_max", 20, "--train", 0, "--iw", 10, 100, 1000)
     alone, together = script("gmvae", *flags), torchrun(3, "gmvae", tmp_path, digits_dir, *flags)
     for ours, wanted in zip(together.stdout.splitlines()[-4:], alone.stdout.splitlines()[-4:], strict=True):

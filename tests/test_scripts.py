@@ -177,22 +177,21 @@ def test_iwae_with_more_samples_needs_no_more_memory(script, tmp_path):
     assert peaks[1] < peaks[0] * 1.1
 
 
-def test_auto_takes_drawn_digits_where_there_is_no_mnist_and_says_so(tmp_path, digits_dir):
+def test_auto_takes_drawn_digits_where_there_is_no_mnist_and_says_so(script, tmp_path, digits_dir, monkeypatch):
     place = tmp_path / "no mnist"
     place.mkdir()
     digits.load(str(digits_dir), "train", "grey"), digits.load(str(digits_dir), "test", "grey")
     for stored in digits_dir.glob("drawn-grey-*.npz"):  # drawing them is not what is tested here
         (place / stored.name).symlink_to(stored)
-    dead = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
-    words = [*command("vae"), "--iter_max", "5", "--data_dir", str(place)]
-    result = subprocess.run(words, cwd=tmp_path, env={**os.environ, **dead}, capture_output=True, text=True)
+    for variable in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens there
+    result = script("vae", "--iter_max", 5, "--data", "auto", "--data_dir", place)
     assert result.returncode == 0, result.stderr
     assert "NO MNIST" in result.stdout and "DRAWN DIGITS" in result.stdout
     assert (tmp_path / "logs" / NAMES["vae"]).is_dir() and not list(place.glob(".download*"))
-    result = subprocess.run(
-        [*words, "--data", "mnist"], cwd=tmp_path, env={**os.environ, **dead}, capture_output=True, text=True
-    )
+    result = script("vae", "--iter_max", 5, "--data", "mnist", "--data_dir", place)
     assert result.returncode == 2 and "train-images-idx3-ubyte" in result.stderr and "by hand" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_replicates_are_summarised_and_a_failed_run_is_reported(script, tmp_path):

@@ -97,7 +97,8 @@ def latent_use(model, x: Tensor) -> dict[str, float]:
         m = torch.cat([model.enc(rows)[0] for rows in x.split(ROWS)])
         found = {"active": (m.var(0) > 0.01).sum().item()}
         if hasattr(model, "prior"):
-            best = [utils.log_normal(rows.unsqueeze(-2), *model.prior()).argmax(-1) for rows in m.split(ROWS)]
+            prior = model.prior()
+            best = [utils.log_normal_components(rows, *prior).argmax(-1) for rows in m.split(ROWS)]
             found["components"] = torch.cat(best).unique().numel()
     return found
 

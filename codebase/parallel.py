@@ -24,9 +24,6 @@ class Ranks:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
-    def leave(self) -> None:
-        dist.destroy_process_group()
-
     def first(self, decide):
         """What decide() returns, or Refused raises, on rank 0: on all ranks; the others wait."""
         answer = [None, None]

@@ -147,17 +147,17 @@ class Table:
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
-    def check(self, step: int) -> list[float]:
-        """The terms so far; raises Fault where one is not finite."""
+    def check(self, step: int) -> dict[str, float]:
+        """The terms so far, by column; raises Fault where one is not finite."""
         values = dict(zip(map(COLUMNS.get, self.names), self.terms.tolist(), strict=True))
         broken = [name for name, value in values.items() if not math.isfinite(value)]
         if broken:
             terms = " and ".join(name for name in broken if name not in ("loss", "nelbo")) or "loss"
             raise Fault(f"{terms} not finite at step {step}: training stopped, the last checkpoint is kept")
-        return list(values.values())
+        return values
 
     def close_row(self, step: int) -> dict[str, float]:
-        means = {COLUMNS[name]: value / self.steps for name, value in zip(self.names, self.check(step), strict=True)}
+        means = {name: value / self.steps for name, value in self.check(step).items()}
         means["nelbo"] = 0.0 - means["nelbo"]
         self.rows.append([step, *means.values(), round(self.seconds(), 3)])
         self.terms.zero_()

@@ -18,7 +18,7 @@ def one_run(args) -> dict[str, float]:
     test = data.load(args, "test") if has_test else images
 
     def batch(index):
-        return (images.pixels[index].float() / 255, images.one_hot(index)), ()
+        return (images.scaled(index), images.one_hot(index)), ()
 
     def draw(step: int, name: str | None = None) -> str:
         with evaluate.quietly(model):

@@ -21,7 +21,7 @@ def one_run(args) -> dict[str, float]:
         y = labelled.one_hot(torch.arange(len(labelled), device=args.device))
 
     def batch(index):
-        return (data.binarize(images.pixels[index]),), (data.binarize(labelled.pixels), y)
+        return (images.binary(index),), (data.binarize(labelled.pixels), y)
 
     experiment.train_or_load(model, batch, len(images) if args.train else 0, args)
     counts = evaluate.confusion(model, test)

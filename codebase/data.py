@@ -35,6 +35,14 @@ class Images:
     def to(self, device) -> "Images":
         return Images(self.pixels.to(device), self.labels.to(device))
 
+    def binary(self, index: Tensor) -> Tensor:
+        """The images at index, binarised afresh, (batch, 784)."""
+        return binarize(self.pixels.index_select(0, index))
+
+    def scaled(self, index: Tensor) -> Tensor:
+        """The images at index with values in [0, 1], (batch, 784) or (batch, 3072)."""
+        return self.pixels.index_select(0, index) / 255
+
     def one_hot(self, index: Tensor) -> Tensor:
         """Labels at index as (batch, 10) floats."""
         return torch.nn.functional.one_hot(self.labels[index], 10).float()

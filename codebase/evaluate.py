@@ -118,6 +118,6 @@ def conditional_bound(model, images) -> dict[str, float]:
     total = torch.zeros(3)
     with quietly(model):
         for index in torch.arange(len(images), device=images.labels.device).split(ROWS):
-            x, y = images.pixels[index].float() / 255, images.one_hot(index)
+            x, y = images.scaled(index), images.one_hot(index)
             total += torch.stack(model.negative_elbo_bound(x, y)).cpu() * len(index)
     return dict(zip(("nelbo", "kl", "rec"), (total / len(images)).tolist(), strict=True))

@@ -159,7 +159,7 @@ def binary_run(args, make) -> dict[str, float]:
     images = data.load(args, "train") if args.train else []
 
     def batch(index):
-        return (data.binarize(images.pixels[index]),), ()
+        return (images.binary(index),), ()
 
     train_or_load(model, batch, len(images), args)
     folder = checkpoint.log_dir(args.name)

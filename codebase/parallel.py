@@ -1,7 +1,7 @@
 """Training and evaluation on the processes that torchrun starts: together they do what one process does.
 
-Every process draws the batch, its binarisation and its noise for all images and keeps its own rows, so the random
-streams of all processes, and of one process alone, are the same. Gradients are added up weighted by the rows.
+Every process draws the batch, its binarisation and its noise for all images and keeps its own rows of each piece, so
+the random streams of all processes, and of one process alone, are the same. Gradients are added up weighted by rows.
 """
 
 import os
@@ -32,7 +32,7 @@ class Ranks:
                 answer[0] = decide()
             except Refused as error:
                 answer[1] = str(error)
-        dist.broadcast_object_list(answer)
+        self._together(dist.broadcast_object_list, answer)
         if answer[1] is not None:
             raise Refused(answer[1])
         return answer[0]
@@ -45,16 +45,20 @@ class Ranks:
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of values over all processes, in place."""
-        try:
-            dist.all_reduce(values)
-        except RuntimeError as error:
-            raise Fault("another process of this run died; the same command goes on from the last state") from error
+        self._together(dist.all_reduce, values)
         return values
 
     def logsumexp(self, values: Tensor) -> Tensor:
         gathered = [torch.empty_like(values) for _ in range(self.size)]
-        dist.all_gather(gathered, values)
+        self._together(dist.all_gather, gathered, values)
         return torch.stack(gathered).logsumexp(0)
+
+    @staticmethod
+    def _together(collective, *args) -> None:
+        try:
+            collective(*args)
+        except RuntimeError as error:
+            raise Fault("another process of this run died; the same command goes on from the last state") from error
 
 
 class _BatchNoise(TorchFunctionMode):
@@ -78,23 +82,21 @@ class SharedStep(Step):
         super().__init__(model, batch, optimizer, terms)
         self.ranks, self.caught = ranks, caught
 
-    def gradients(self, index: Tensor) -> dict[str, Tensor]:
-        inputs, shared = self.batch(index)
-        rows = self.ranks.rows(len(index))
-        share = (rows.stop - rows.start) / len(index)
-        with _BatchNoise(rows, len(index)):
-            loss, summaries = self.model.loss(*(value[rows] for value in inputs), *shared)
-        (loss * share).backward()
-        return self._add_up({name: value.detach() * share for name, value in summaries.items()})
+    def piece(self, inputs: tuple, shared: tuple, share: float) -> Tensor:
+        size = len(inputs[0])
+        rows = self.ranks.rows(size)
+        with _BatchNoise(rows, size):
+            return super().piece([value[rows] for value in inputs], shared, share * (rows.stop - rows.start) / size)
 
-    def _add_up(self, summaries: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gradients(self, index: Tensor) -> Tensor:
         """Sum gradients, terms and caught signals over the processes, in one message."""
+        terms = super().gradients(index)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         signals = torch.tensor([float(max(self.caught, default=0))], device=self.terms.device)
-        parts = [gradient.flatten() for gradient in gradients] + [torch.stack(list(summaries.values())), signals]
+        parts = [gradient.flatten() for gradient in gradients] + [terms, signals]
         *sums, terms, signals = self.ranks.sum(torch.cat(parts)).split([part.numel() for part in parts])
         for gradient, total in zip(gradients, sums, strict=True):
             gradient.copy_(total.view_as(gradient))
         if signals.item() and not self.caught:  # a signal to one process stops all of them at the same step
             self.caught.append(15)
-        return dict(zip(summaries, terms.unbind(), strict=True))
+        return terms

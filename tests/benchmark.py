@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+import torchvision
 from torch import nn
 from torchvision.transforms import ToTensor
 from tqdm import tqdm
@@ -37,19 +37,18 @@ from codebase.models.vae import VAE
 # ---------------------------------------------------------------- the textbook version
 
 
-class TextbookDataset(torch.utils.data.Dataset):
-    """Images one by one, through PIL and ToTensor, as torchvision's data sets give them."""
+class Grey(torchvision.datasets.MNIST):
+    """torchvision's own data set, on images that are in memory already."""
 
     def __init__(self, images):
-        self.labels, side = images.labels, 28 if images.pixels.shape[1] == 784 else 32
-        shaped = images.pixels.reshape(len(images), -1, side, side).permute(0, 2, 3, 1).numpy()
-        self.images, self.transform = shaped.squeeze(-1) if side == 28 else shaped, ToTensor()
+        self.data, self.targets = images.pixels.reshape(-1, 28, 28), images.labels
+        self.transform, self.target_transform = ToTensor(), None
 
-    def __len__(self):
-        return len(self.labels)
 
-    def __getitem__(self, i):
-        return self.transform(Image.fromarray(self.images[i])), int(self.labels[i])
+class Colour(torchvision.datasets.SVHN):
+    def __init__(self, images):
+        self.data, self.labels = images.pixels.reshape(-1, 3, 32, 32).numpy(), images.labels.numpy()
+        self.transform, self.target_transform = ToTensor(), None
 
 
 def network(a, b, c, activation=nn.ELU):
@@ -122,7 +121,7 @@ def textbook_steps(kind, images, labelled):
     """An endless training loop; next() does a step."""
     model, bar = Textbook(kind), tqdm(file=open(os.devnull, "w"))  # noqa: SIM115
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    loader = torch.utils.data.DataLoader(TextbookDataset(images), batch_size=100, shuffle=True)
+    loader = torch.utils.data.DataLoader((Colour if kind == "fsvae" else Grey)(images), batch_size=100, shuffle=True)
     grey = labelled.pixels.float() / 255
     while True:
         for x, y in loader:
@@ -148,8 +147,8 @@ def our_step(kind, images, labelled, batch_size=100, **options):
 
     def batch(index):
         if kind == "fsvae":
-            return (images.pixels[index].float() / 255, images.one_hot(index)), ()
-        return (data.binarize(images.pixels[index]),), (data.binarize(labelled.pixels), y) if kind == "ssvae" else ()
+            return (images.scaled(index), images.one_hot(index)), ()
+        return (images.binary(index),), (data.binarize(labelled.pixels), y) if kind == "ssvae" else ()
 
     terms = torch.zeros(7 if kind == "ssvae" else 4)
     step = train.Step(model, batch, train.adam(model, "cpu"), terms)
@@ -164,28 +163,26 @@ def our_steps(*args, **options):
 
 
 def limit_steps(kind, images, labelled, product):
-    """Only the matrix products of our step, forward and backward: product(a, b) is a b^T."""
-    shapes, linear = [], nns.linear
+    """Only the matrix products of our step's networks, forward and backward: product(a, b) is a b^T."""
+    work, ours = [], nns.product
 
-    def recorded(x, weight, bias=None):
-        shapes.append((x.numel() // x.shape[-1], *weight.shape, x.requires_grad))
-        return linear(x, weight, bias)
+    def recorded(a, b, bias=None):
+        work.append((torch.randn_like(a), torch.randn_like(b)))  # laid out alike
+        return ours(a, b, bias)
 
-    nns.linear = recorded
+    nns.product = recorded
     step, batches = our_step(kind, images, labelled)
     step(next(batches))
-    nns.linear = linear
-    work = []
-    for rows, out, width, needs_x in shapes:
-        x, weight, grad = torch.randn(rows, width), torch.randn(out, width), torch.randn(rows, out)
-        work += [(x, weight), (grad.T, x.T)] + ([(grad, weight.T)] if needs_x else [])
+    nns.product = ours
     while True:
         for a, b in work:
             product(a, b)
         yield
 
 
-def timed(steps, count):
+def timed(steps, count, warm_up=0):
+    for _ in range(warm_up):
+        next(steps)
     began = time.perf_counter()
     for _ in range(count):
         next(steps)
@@ -201,15 +198,51 @@ def compare_steps(kind, folder, blocks):
         "limit": limit_steps(kind, images, labelled, lambda a, b: a @ b.T),
     }
     if nns._onednn is not None:
-        variants["limit_onednn"] = limit_steps(kind, images, labelled, nns._product)
-    count = 20 if kind == "ssvae" else 50
-    for steps in variants.values():
-        timed(steps, 5)
+        variants["limit_onednn"] = limit_steps(kind, images, labelled, nns.product)
+    return alternate(variants, 20 if kind == "ssvae" else 50, blocks)
+
+
+def alternate(variants, count, blocks):
+    """Milliseconds per step of each variant in each block; the blocks of the variants take turns."""
     times = {name: [] for name in variants}
     for _ in range(blocks):
         for name, steps in variants.items():
-            times[name].append(timed(steps, count))
+            if name == "textbook":  # as many page faults as where glibc adapts itself, in a process of its own
+                train.keep_freed_memory(4 << 20, 8 << 20)
+            else:
+                train.keep_freed_memory()
+            times[name].append(timed(steps, count, warm_up=3))
     return times
+
+
+def compare_compiled(kind, folder, blocks=9):
+    """Print what torch.compile around the loss makes of our step, and of a default run with its start-up."""
+    images = digits.load(folder, "train", "colour" if kind == "fsvae" else "grey")
+    labelled, ours = data.labelled_set(images), nns.product
+
+    @torch.library.custom_op(f"benchmark::{kind}", mutates_args=())  # oneDNN's product is not open to the compiler
+    def opaque(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return ours(a, b, bias)
+
+    opaque.register_fake(lambda a, b, bias: a.new_empty(len(a), len(b)))
+
+    def compiled():
+        step, batches = our_step(kind, images, labelled)
+        step.model.loss = torch.compile(step.model.loss)
+        while True:
+            nns.product = lambda a, b, bias=None: opaque(a, b, bias)
+            step(next(batches))
+            nns.product = ours
+            yield
+
+    variants = {"ours": our_steps(kind, images, labelled), "compiled": compiled()}
+    start_up = timed(variants["compiled"], 1) / 1000
+    times = alternate(variants, 20 if kind == "ssvae" else 50, blocks)
+    plain, fused = (statistics.median(times[name]) / 1000 for name in ("ours", "compiled"))
+    steps = {"ssvae": 30_000, "fsvae": 1_000_000}.get(kind, 20_000)
+    gain = statistics.median(a / b for a, b in zip(times["ours"], times["compiled"], strict=True))
+    print(f"{kind}: {1000 * plain:.2f} ms per step, compiled {1000 * fused:.2f} (ratio {gain:.2f}), ", end="")
+    print(f"start-up {start_up:.0f} s; {steps:,} steps {steps * plain:,.0f} and {start_up + steps * fused:,.0f} s")
 
 
 # ---------------------------------------------------------------- evaluation, start-up, growth
@@ -264,18 +297,18 @@ def start_up(folder):
 def growth(folder, quick):
     """How cost grows with the batch, the components and the importance samples."""
     grey = digits.load(folder, "train", "grey")
-    labelled, out = data.labelled_set(grey), {}
+    colour, labelled, out = digits.load(folder, "train", "colour"), data.labelled_set(grey), {}
+
+    def medians(variants):
+        return {size: statistics.median(times) for size, times in alternate(variants, 5, 1 if quick else 3).items()}
+
     sizes = (100, 1000) if quick else (100, 1000, 10_000)
-    for kind in ("vae", "gmvae", "ssvae"):
-        out[f"{kind} ms per step, batch"] = {
-            size: timed(our_steps(kind, grey, labelled, size), 2 if size > 1000 else 10) for size in sizes
-        }
-    colour = digits.load(folder, "train", "colour")
-    out["fsvae ms per step, batch"] = {size: timed(our_steps("fsvae", colour, labelled, size), 5) for size in sizes}
-    out["gmvae ms per step, k"] = {
-        k: timed(our_steps("gmvae", grey, labelled, k=k), 10)
-        for k in ((10, 1000) if quick else (10, 100, 1000, 10_000))
-    }
+    for kind in MODELS:
+        images = colour if kind == "fsvae" else grey
+        variants = {size: our_steps(kind, images, labelled, size) for size in sizes}
+        out[f"{kind} ms per step, batch"] = medians(variants)
+    counts = (10, 1000) if quick else (10, 100, 1000, 10_000)
+    out["gmvae ms per step, k"] = medians({k: our_steps("gmvae", grey, labelled, k=k) for k in counts})
     found = {m: in_process("vae", "ours", folder, m) for m in ((1, 1000) if quick else (1, 100, 1000, 10_000, 100_000))}
     out["vae evaluation seconds, m"] = {m: result["seconds"] for m, result in found.items()}
     out["vae evaluation MB above the start, m"] = {m: result["megabytes"] for m, result in found.items()}
@@ -296,6 +329,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="finish in two minutes")
     parser.add_argument("--profile", choices=MODELS, help="only print what the time of this model's step goes to")
+    parser.add_argument("--compile", action="store_true", help="only measure what torch.compile would win")
     parser.add_argument("--data_dir", default="data", help="where the drawn digits are stored")
     parser.add_argument("--output", default="benchmark.json")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -308,6 +342,10 @@ def main():
     folder = str(Path(args.data_dir).resolve())
     if args.profile:
         print(profile(args.profile, folder))
+        return
+    if args.compile:
+        for kind in MODELS:
+            compare_compiled(kind, folder)
         return
     found = {"threads": torch.get_num_threads(), "torch": torch.__version__, "steps": {}, "evaluation": {}}
     print(

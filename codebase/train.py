@@ -90,7 +90,8 @@ class Step:
         """gradients of some images, which make up that share of the batch."""
         loss, summaries = self.model.loss(*inputs, *shared)
         (loss if share == 1 else loss * share).backward()
-        return torch.stack([value.detach() for value in summaries.values()]) * share
+        with torch.no_grad():
+            return torch.stack(list(summaries.values())) * share
 
     def __call__(self, index: Tensor) -> None:
         for parameter in self.optimizer.param_groups[0]["params"]:

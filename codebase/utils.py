@@ -68,14 +68,14 @@ def log_normal_mixture(z: Tensor, m: Tensor, v: Tensor) -> Tensor:
     z: (batch, dim); m, v: (batch, mix, dim) or (1, mix, dim), v > 0. Returns nats, (batch,).
     Components shared by the batch cost one matrix product and no (batch, mix, dim) tensor.
     """
-    return log_mean_exp(log_normal_components(z, m, v), -1).to(z.dtype)
+    return log_mean_exp(log_normal_components(z, m, v), -1)
 
 
 def log_normal_components(z: Tensor, m: Tensor, v: Tensor) -> Tensor:
     """log N(z_b; m_k, diag v_k) of every component: arguments as in log_normal_mixture, nats, (batch, mix)."""
     shared = all(size == 1 for size in (*m.shape[:-2], *v.shape[:-2]))
     if shared and z.dtype != torch.float64 and z.device.type != "mps":  # mps has no float64
-        return _log_normal_shared(z, m, v)
+        return _log_normal_shared(z, m, v).to(z.dtype)
     return log_normal(z.unsqueeze(-2), m, v)
 
 

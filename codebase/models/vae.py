@@ -23,9 +23,13 @@ class BinaryVAE(nn.Module):
         """log p(z): (..., z_dim) to (...)."""
         raise NotImplementedError
 
-    def kl(self, z: Tensor, qm: Tensor, qv: Tensor) -> Tensor:
-        """KL(q(z | x) || p(z)) per example, by Monte Carlo at z ~ q: log q(z | x) - log p(z)."""
+    def log_ratio(self, z: Tensor, qm: Tensor, qv: Tensor) -> Tensor:
+        """log q(z | x) - log p(z) per example: KL(q(z | x) || p(z)) by Monte Carlo, at z ~ q."""
         return utils.log_normal(z, qm, qv) - self.log_prior(z)
+
+    def closed_kl(self, qm: Tensor, qv: Tensor) -> Tensor | None:
+        """KL(q(z | x) || p(z)) per example, where it has a closed form."""
+        return None
 
     def sample_z(self, batch: int) -> Tensor:
         """Draw from the prior: (batch, z_dim)."""
@@ -38,7 +42,8 @@ class BinaryVAE(nn.Module):
         """
         qm, qv = self.enc(x)
         z = utils.sample_gaussian(qm, qv)
-        kl = self.kl(z, qm, qv).mean()
+        closed = self.closed_kl(qm, qv)
+        kl = (self.log_ratio(z, qm, qv) if closed is None else closed).mean()
         rec = -utils.log_bernoulli_with_logits(x, self.dec(z)).mean()
         return kl + rec, kl, rec
 
@@ -53,8 +58,8 @@ class BinaryVAE(nn.Module):
         qm, qv = self.enc(x)
         z = utils.sample_gaussian(qm.expand(iw, *qm.shape), qv)
         rec = -utils.log_bernoulli_with_logits(x, self.dec(z))
-        log_w = self.log_prior(z) - utils.log_normal(z, qm, qv) - rec
-        return log_w, self.kl(z, qm, qv).expand_as(rec), rec
+        log_ratio, closed = self.log_ratio(z, qm, qv), self.closed_kl(qm, qv)
+        return -log_ratio - rec, log_ratio if closed is None else closed.expand_as(rec), rec
 
     def negative_iwae_bound(self, x: Tensor, iw: int) -> tuple[Tensor, Tensor, Tensor]:
         """-L_iw(x) = -E log (1/iw) sum_i p(x, z_i) / q(z_i | x), differentiable through the weights.
@@ -103,8 +108,7 @@ class VAE(BinaryVAE):
     def log_prior(self, z: Tensor) -> Tensor:
         return utils.log_normal(z, self.z_prior_m, self.z_prior_v)
 
-    def kl(self, z: Tensor, qm: Tensor, qv: Tensor) -> Tensor:
-        """KL(q(z | x) || p(z)) per example, in closed form."""
+    def closed_kl(self, qm: Tensor, qv: Tensor) -> Tensor:
         return utils.kl_normal(qm, qv, self.z_prior_m, self.z_prior_v)
 
     def sample_z(self, batch: int) -> Tensor:

@@ -79,12 +79,12 @@ def train_or_load(model, batch, n: int, args, on_save=lambda step: None) -> None
     elif state and state["step"] > steps:
         raise Refused(
             f"argument --iter_max: {name} was trained to step {state['step']} and has checkpoints at "
-            f"{stored}: give one of these, a larger number, or --overwrite 1 to start over"
+            f"{stored}: give one of these, a larger number, {checkpoint.RESTART}"
         )
     elif stored and not state:
         raise Refused(
             f"{name} has checkpoints at {stored} but no state to go on from: "
-            f"give one of these as --iter_max, another --run, or --overwrite 1 to start over"
+            f"give one of these as --iter_max, {checkpoint.RESTART}"
         )
     else:
         args.settings = settings(args)

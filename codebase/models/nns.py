@@ -73,7 +73,10 @@ def layers(x: Tensor, activation: nn.Module, activated: bool, *parameters: Tenso
 
 
 class Network(nn.Module):
-    """(x_dim + y_dim) - hidden - hidden - out_dim, with an activation after the first two layers."""
+    """(x_dim + y_dim) - hidden - hidden - out_dim, with an activation after the first two layers.
+
+    The modules in net hold the weights; what they compute, `layers` computes at once, so hooks on them are not called.
+    """
 
     def __init__(self, x_dim: int, y_dim: int, hidden: int, out_dim: int, activation: type[nn.Module] = nn.ELU):
         super().__init__()
@@ -88,8 +91,8 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """x: (..., x_dim); y: (..., y_dim), where the network has one. Returns (..., out_dim)."""
-        first, act, second, _, third = self.net
-        after = second.weight, second.bias, third.weight, third.bias
+        first, act, *rest = self.net
+        after = [value for linear in rest[::2] for value in (linear.weight, linear.bias)]
         if y is None or x.shape[:-1] == y.shape[:-1]:
             return layers(x if y is None else torch.cat([x, y], -1), act, False, first.weight, first.bias, *after)
         w_x, w_y = first.weight.split([self.x_dim, self.y_dim], 1)  # W [x, y] = W_x x + W_y y, so neither is repeated

@@ -52,6 +52,7 @@ def settings(args) -> dict:
 
 def construct(make, args) -> torch.nn.Module:
     """Make the model with weights that the seed fixes, say what will be done, and move it to the device."""
+    train.keep_freed_memory()
     torch.manual_seed(args.seed)
     model = make().to(args.device)
     size = sum(parameter.numel() for parameter in model.parameters())

@@ -223,7 +223,6 @@ def fit(model, batch: Batch, n: int, args, state: dict | None, on_save=lambda st
     batch: see Step; n: the number of training images. on_save(step) is called after each checkpoint.
     Raises Stopped on SIGINT and SIGTERM, once the state is saved; Fault where a loss or a weight is not finite.
     """
-    keep_freed_memory()
     with quietly(model):
         inputs, shared = batch(torch.zeros(1, dtype=torch.int64, device=args.device))
         names = list(model.loss(*inputs, *shared)[1])

@@ -27,7 +27,7 @@ from torch import nn
 from torchvision.transforms import ToTensor
 from tqdm import tqdm
 
-from codebase import data, digits, evaluate, train
+from codebase import cli, data, digits, evaluate, train
 from codebase.models import nns
 from codebase.models.fsvae import FSVAE
 from codebase.models.gmvae import GMVAE
@@ -239,7 +239,7 @@ def compare_compiled(kind, folder, blocks=9):
     start_up = timed(variants["compiled"], 1) / 1000
     times = alternate(variants, 20 if kind == "ssvae" else 50, blocks)
     plain, fused = (statistics.median(times[name]) / 1000 for name in ("ours", "compiled"))
-    steps = {"ssvae": 30_000, "fsvae": 1_000_000}.get(kind, 20_000)
+    steps = cli.ITER_MAX.get(kind, cli.FLAGS["iter_max"][0])
     gain = statistics.median(a / b for a, b in zip(times["ours"], times["compiled"], strict=True))
     print(f"{kind}: {1000 * plain:.2f} ms per step, compiled {1000 * fused:.2f} (ratio {gain:.2f}), ", end="")
     print(f"start-up {start_up:.0f} s; {steps:,} steps {steps * plain:,.0f} and {start_up + steps * fused:,.0f} s")

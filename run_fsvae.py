@@ -2,39 +2,55 @@
 """Bonus: a fully supervised VAE of SVHN's colour digits, conditioned on the label."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from codebase import cli
+from codebase.runtime import options
+from codebase.runtime.launch import launch
+from codebase.runtime.options import flag, number
 
 
-def one_run(args) -> dict[str, float]:
-    from codebase import data, evaluate, experiment, figures
-    from codebase.checkpoint import log_dir
+@dataclass(frozen=True, kw_only=True)
+class Run(options.Run):
+    model = "fsvae"
+    real_data = "svhn"
+    split: str = flag("extra", ["extra", "train", "test"], "training images", weights=True)
+    iter_max: int = flag(1_000_000, number(int, 1, 10**9), "training steps; with --train 0, the checkpoint to load")
+
+    def stem(self) -> str:
+        return "fsvae" + (f"_split={self.split}" if self.split != "extra" else "")
+
+
+def one_run(run: Run, group) -> dict[str, float]:
+    import torch  # only here, and what needs it: the command line is checked before it is loaded
+
+    from codebase import data, evaluate, figures, train
     from codebase.models.fsvae import FSVAE
+    from codebase.runtime import report
 
-    model = experiment.construct(lambda: FSVAE(args.name), args)
-    has_test = args.data == "digits" or Path(args.data_dir, "test_32x32.mat").exists()
-    images = data.load(args, "train") if args.train or not has_test else []
-    test = data.load(args, "test") if has_test else images
+    unseen = run.data == "digits" or (run.split != "test" and Path(run.data_dir, "test_32x32.mat").exists())
+    images = data.load(run, "train") if run.train or not unseen else []
+    test = data.load(run, "test") if unseen else images
 
-    def batch(index):
+    def batch(index: torch.Tensor) -> tuple[tuple, tuple]:
         return (images.scaled(index), images.one_hot(index)), ()
 
-    def draw(step: int, name: str | None = None) -> str:
-        with evaluate.quietly(model):
-            path = log_dir(args.name) / (name or f"samples-{step:07d}.png")
-            return figures.style_and_content(model, model.compute_mean_given, path)
+    torch.manual_seed(run.seed)
+    model = FSVAE(run.name).to(run.device)
+    train.train_or_load(
+        model, batch, len(images), run, group, lambda step: figures.of_fsvae(model, f"samples-{step:07d}")
+    )
 
-    experiment.train_or_load(model, batch, len(images), args, on_save=draw)
-    pictures = [draw(args.iter_max, "samples.png")]
-    results = evaluate.conditional_bound(model, test)
-    experiment.finish(args, results, pictures, evaluated_on="test split" if has_test else "training images")
-    experiment.print_bounds(results)
-    return results
+    found = evaluate.conditional_bound(model, test)
+    if group.main:
+        evaluated_on = "test split" if unseen else "training images"
+        report.results(run, found, figures.of_fsvae(model, "samples"), evaluated_on=evaluated_on)
+        report.bounds(found, "" if unseen else " (on training images)")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.launch(cli.parse("fsvae", __doc__, argv), one_run)
+    return launch(Run, one_run, __doc__, argv)
 
 
 if __name__ == "__main__":

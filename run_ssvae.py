@@ -2,51 +2,59 @@
 """Problem 4: classify MNIST from 100 labels with a semi-supervised VAE; --gw 0 trains the classifier alone."""
 
 import sys
+from dataclasses import dataclass
 
-from codebase import cli
+from codebase.runtime import files, options
+from codebase.runtime.launch import launch
+from codebase.runtime.options import flag, number
 
 
-def one_run(args) -> dict[str, float]:
-    import torch
+@dataclass(frozen=True, kw_only=True)
+class Run(options.Run):
+    model = "ssvae"
+    gw: int = flag(1, number(int, 0, 999_999), "weight of the bound; 0 trains the classifier alone", weights=True)
+    cw: int = flag(100, number(int, 0, 999_999), "weight of the classification loss", weights=True)
+    iter_max: int = flag(30_000, number(int, 1, 10**9), "training steps; with --train 0, the checkpoint to load")
 
-    from codebase import data, evaluate, experiment, figures
-    from codebase.checkpoint import log_dir
+    def __post_init__(self):
+        super().__post_init__()
+        files.require(self.gw or self.cw, "argument --cw: takes at least 1 with --gw 0, else nothing is trained")
+
+    def stem(self) -> str:
+        return f"ssvae_gw={self.gw:03d}_cw={self.cw:03d}"
+
+
+def one_run(run: Run, group) -> dict[str, float]:
+    import torch  # only here, and what needs it: the command line is checked before it is loaded
+
+    from codebase import data, evaluate, figures, train
     from codebase.models.ssvae import SSVAE
+    from codebase.runtime import report
 
-    model = experiment.construct(lambda: SSVAE(args.gw, args.cw, args.name), args)
-    test = data.load(args, "test")
-    if args.train:
-        images = data.load(args, "train")
-        labelled = data.labelled_set(images)
-        y = labelled.one_hot(torch.arange(len(labelled), device=args.device))
+    test = data.load(run, "test")
+    images = data.load(run, "train") if run.train else test
+    labelled = data.labelled_set(images) if run.train else test
+    y = labelled.one_hot(torch.arange(len(labelled), device=run.device))
 
-    def batch(index):
+    def batch(index: torch.Tensor) -> tuple[tuple, tuple]:
         return (images.binary(index),), (data.binarize(labelled.pixels), y)
 
-    experiment.train_or_load(model, batch, len(images) if args.train else 0, args)
+    torch.manual_seed(run.seed)
+    model = SSVAE(run.gw, run.cw, run.name).to(run.device)
+    train.train_or_load(model, batch, len(images), run, group)
+
     counts = evaluate.confusion(model, test)
-    pictures = [figures.confusion(counts, log_dir(args.name) / "confusion.png")]
-    if args.gw:
-        with evaluate.quietly(model):
-            shown = figures.style_and_content(model, model.compute_sigmoid_given, log_dir(args.name) / "styles.png")
-        pictures.append(shown)
-    per_digit = (counts.diag() / counts.sum(1)).tolist()
-    results = {"accuracy": counts.diag().sum().item() / counts.sum().item()}
-    experiment.finish(args, results, pictures, per_digit_accuracy=per_digit, confusion=counts.tolist())
-    print_confusion(counts.tolist(), per_digit)
-    print(f"Test set classification accuracy: {results['accuracy']}")
-    return results
-
-
-def print_confusion(counts: list[list[int]], per_digit: list[float]) -> None:
-    """The confusion matrix as a table: rows are true digits, columns assigned ones."""
-    print("\ntrue  " + "".join(f"{digit:>6}" for digit in range(10)) + "  accuracy")
-    for digit, (row, share) in enumerate(zip(counts, per_digit, strict=True)):
-        print(f"{digit:>4}  " + "".join(f"{count:>6}" for count in row) + f"  {share:8.4f}")
+    found = {"accuracy": counts.diag().sum().item() / len(test)}
+    if group.main:
+        tables = {"confusion": counts.tolist(), "per_digit_accuracy": (counts.diag() / counts.sum(1)).tolist()}
+        report.results(run, found, figures.of_ssvae(model, counts), **tables)
+        report.confusion(counts.tolist())
+        print(f"Test set classification accuracy: {found['accuracy']}")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.launch(cli.parse("ssvae", __doc__, argv), one_run)
+    return launch(Run, one_run, __doc__, argv)
 
 
 if __name__ == "__main__":

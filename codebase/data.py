@@ -1,14 +1,11 @@
 """MNIST, SVHN and the drawn digits as tensors on the training device."""
 
+import contextlib
 import hashlib
+import io
 import json
 import math
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codebase.checkpoint import Refused
+from codebase import digits
+from codebase.runtime.files import UsageError, require, write
+from codebase.runtime.options import Run
 
 COURSE = json.loads(Path(__file__).with_name("course_subset.json").read_text())
-PATIENCE = 15  # seconds without a byte after which a download is given up
 
 
-@dataclass
+@dataclass(frozen=True)
 class Images:
     """A split: pixels (n, 784) or (n, 3072, channel-major) as bytes, labels (n,) as int64, on one device."""
 
@@ -32,7 +30,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device) -> "Images":
+    def to(self, device: str) -> "Images":
         return Images(self.pixels.to(device), self.labels.to(device))
 
     def binary(self, index: Tensor) -> Tensor:
@@ -73,133 +71,97 @@ def labelled_set(train: Images) -> Images:
     return Images(train.pixels[index], train.labels[index])
 
 
-def load(args, split: str) -> Images:
-    """The "train" or "test" split that args.data names, on args.device."""
-    if args.data == "digits":
-        from codebase import digits
-
-        return digits.load(args.data_dir, split, "colour" if args.model == "fsvae" else "grey").to(args.device)
-    images = svhn(args, split) if args.data == "svhn" else mnist(args, split)
-    return images.to(args.device)
-
-
-def mnist(args, split: str) -> Images:
-    """MNIST as torchvision reads it from <data_dir>/MNIST/raw, after its files have been checked."""
-    import torchvision
-
-    prefix, count = ("train", 60000) if split == "train" else ("t10k", 10000)
-    raw = Path(args.data_dir, "MNIST", "raw")
-    images, labels = raw / f"{prefix}-images-idx3-ubyte", raw / f"{prefix}-labels-idx1-ubyte"
-    check_idx(images, (2051, count, 28, 28), args.check_data)
-    check_idx(labels, (2049, count), args.check_data)
-    try:
-        data = torchvision.datasets.MNIST(args.data_dir, train=split == "train")
-    except RuntimeError as error:  # one of the other split's files
-        raise Refused(
-            f"{raw} holds not all four files of MNIST: put {', '.join(COURSE['mnist_sha256'])} there"
-        ) from error
-    found = torch.bincount(data.targets, minlength=10).tolist()
-    if len(found) > 10 or (args.check_data and found != COURSE["class_counts"][split]):
-        raise Refused(f"{labels} has labels outside 0 to 9: {cure(labels)}")
-    return Images(data.data.reshape(count, 784), data.targets.long())
+def load(run: Run, split: str) -> Images:
+    """The "train" or "test" split of the run's data set, on its device. Raises UsageError where files are damaged."""
+    if run.data == "digits":
+        images = drawn_digits(run.data_dir, split, colour=run.real_data == "svhn")
+    elif run.data == "svhn":
+        images = svhn(run.data_dir, run.split if split == "train" else "test", run.check_data)
+    else:
+        images = mnist(run.data_dir, split, run.check_data)
+    return images.to(run.device)
 
 
-def check_idx(path: Path, header: tuple[int, ...], checksum: int) -> None:
-    """Raise Refused unless path is an idx file with this header and as many bytes, and with the published checksum."""
-    try:
+def mnist(data_dir: str, split: str, check: int) -> Images:
+    """MNIST's "train" or "test" split from <data_dir>/MNIST/raw; check: whether they must be the published files."""
+    count, prefix = {"train": (60_000, "train"), "test": (10_000, "t10k")}[split]
+    raw = Path(data_dir, "MNIST", "raw")
+    pixels = read_idx(raw / f"{prefix}-images-idx3-ubyte", (2051, count, 28, 28), check)
+    labels = read_idx(path := raw / f"{prefix}-labels-idx1-ubyte", (2049, count), check)
+    intact(path, labels.max() <= 9, "has labels outside 0 to 9")
+    return Images(pixels.reshape(count, 784), labels.long())
+
+
+def read_idx(path: Path, header: tuple[int, ...], check: int) -> Tensor:
+    """The bytes of an idx file, in its shape. Raises UsageError unless it has this header, its size and checksum."""
+    with reading(path):
         content = path.read_bytes()
-    except OSError as error:
-        raise Refused(f"{path} cannot be read ({error.strerror}): {cure(path)}") from error
-    if tuple(np.frombuffer(content[: 4 * len(header)], ">i4")) != header:
-        raise Refused(f"{path} does not begin as that file does (magic number, counts {header}): {cure(path)}")
-    if len(content) != 4 * len(header) + math.prod(header[1:]):
-        raise Refused(f"{path} is truncated or too long ({len(content):,} bytes): {cure(path)}")
-    if checksum and hashlib.sha256(content).hexdigest() != COURSE["mnist_sha256"][path.name]:
-        raise Refused(f"{path} is not the published file (its SHA-256 differs): {cure(path)}, or use --check_data 0")
+    start, known = 4 * len(header), COURSE["mnist_sha256"]
+    begins = np.frombuffer(content[:start], ">i4").tolist() == list(header) if len(content) >= start else False
+    intact(path, begins, f"does not begin as that file does (magic number, counts {header})")
+    intact(path, len(content) == start + math.prod(header[1:]), f"is truncated or too long ({len(content):,} bytes)")
+    published = not check or hashlib.sha256(content).hexdigest() == known[path.name]
+    intact(path, published, "is not the published file (its SHA-256 differs; --check_data 0 takes it all the same)")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(header[1:])
 
 
-def cure(path: Path) -> str:
-    return f"remove {path.name} and let it be downloaded, or put an intact copy in its place"
+def intact(path: Path, condition: bool, wrong: str) -> None:
+    """Raise UsageError, with the cure, unless the condition on the content of a data file holds."""
+    cure = f"remove {path.name} and let it be downloaded, or put an intact copy in its place"
+    require(condition, f"{path} {wrong}: {cure}")
 
 
-def svhn(args, split: str) -> Images:
-    """SVHN as torchvision reads it from <data_dir>/<split>_32x32.mat, kept as bytes, labels 0 to 9."""
-    import torchvision
-
-    class Unchecked(torchvision.datasets.SVHN):  # checked here instead, with an error that says what to do
-        def _check_integrity(self):
-            return True
-
-    name = args.split if split == "train" else "test"
-    path = Path(args.data_dir, f"{name}_32x32.mat")
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong while a data file is read into the UsageError of intact."""
     try:
-        with open(path, "rb") as file:
-            digest = hashlib.md5(usedforsecurity=False)
-            while args.check_data and (block := file.read(1 << 22)):
-                digest.update(block)
-        if args.check_data and digest.hexdigest() != Unchecked.split_list[name][2]:
-            raise Refused(f"{path} is not the published file (its MD5 differs): {cure(path)}, or use --check_data 0")
-        data = Unchecked(args.data_dir, split=name)
-        pixels, labels = data.data.transpose(0, 1, 3, 2), torch.from_numpy(np.asarray(data.labels, dtype=np.int64))
-    except OSError as error:
-        raise Refused(f"{path} cannot be read ({error.strerror or error}): {cure(path)}") from error
-    except Refused:
+        yield
+    except (UsageError, MemoryError):
         raise
+    except OSError as error:
+        intact(path, False, f"cannot be read ({error.strerror or error})")
     except Exception as error:
-        raise Refused(f"{path} is truncated, or no .mat file with X and y: {cure(path)}") from error
-    if pixels.shape != (len(labels), 3, 32, 32) or pixels.dtype != np.uint8 or labels.min() < 0 or labels.max() > 9:
-        raise Refused(f"{path} holds no 32 x 32 x 3 byte images with labels 1 to 10: {cure(path)}")
+        intact(path, False, f"is truncated or damaged ({type(error).__name__})")
+
+
+def svhn(data_dir: str, split: str, check: int) -> Images:
+    """SVHN's "extra", "train" or "test" split from its .mat file in data_dir, as bytes; the label 10 is the digit 0."""
+    from scipy.io import loadmat  # only here: MNIST needs neither
+    from torchvision.datasets import SVHN
+
+    path, digest = Path(data_dir, f"{split}_32x32.mat"), hashlib.md5(usedforsecurity=False)
+    with reading(path), open(path, "rb") as file:
+        while check and (block := file.read(1 << 22)):
+            digest.update(block)
+        published = not check or digest.hexdigest() == SVHN.split_list[split][2]
+        intact(path, published, "is not the published file (its MD5 differs; --check_data 0 takes it all the same)")
+        file.seek(0)
+        content = loadmat(file)
+        pixels, labels = content.pop("X").transpose(3, 2, 1, 0), content["y"].astype(np.int64).flatten()
+        there = pixels.shape == (len(labels), 3, 32, 32) and pixels.dtype == np.uint8
+        intact(
+            path,
+            there and 0 <= labels.min() <= labels.max() <= 10,
+            "holds no 32 x 32 x 3 byte images with labels 1 to 10",
+        )
     pixels = np.ascontiguousarray(pixels)  # no copy: the file keeps each image together, columns first
     for block in np.array_split(pixels, max(1, len(pixels) // 10000)):
         block[...] = block.transpose(0, 1, 3, 2).copy()  # rows first, in place: the extra split fits in memory once
-    return Images(torch.from_numpy(pixels.reshape(-1, 3072)), labels)
+    return Images(torch.from_numpy(pixels.reshape(-1, 3072)), torch.from_numpy(labels % 10))
 
 
-def download(data: str, data_dir: str, paths: list[Path]) -> str | None:
-    """Fetch the missing files through torchvision, in a process of its own that is ended after PATIENCE silent seconds.
-
-    Files arrive whole or not at all. Returns None, or in a few words why they could not be had.
-    """
-    missing = [path for path in paths if not path.exists()]
-    code = "import sys; from torchvision import datasets; "
-    if data == "mnist":
-        code += "datasets.MNIST(sys.argv[1], download=True)"
-    else:
-        splits = [path.name.split("_")[0] for path in missing]
-        code += f"[datasets.SVHN(sys.argv[1], split=split, download=True) for split in {splits}]"
-    Path(data_dir).mkdir(exist_ok=True)
-    for left_over in Path(data_dir).glob(".download-*"):  # of a process that was killed long ago
-        if time.time() - left_over.stat().st_mtime > 86400:
-            shutil.rmtree(left_over, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=".download-", dir=data_dir))
+def drawn_digits(data_dir: str, split: str, colour: bool) -> Images:
+    """The drawn digits of a split, as many of each as MNIST has; from data_dir where they were stored before."""
+    path = Path(data_dir, f"drawn-{'colour' if colour else 'grey'}-{split}-v{digits.VERSION}.npz")
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, folder], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        try:
-            reason = _wait(process, folder)
-        finally:
-            process.kill()
-            process.wait()
-        if reason:
-            return reason
-        for path in missing:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(folder / path.relative_to(data_dir), path)
-        return None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _wait(process: subprocess.Popen, folder: Path) -> str | None:
-    """Wait while bytes arrive in the folder; return None at success, else what went wrong."""
-    size, since = -1, time.monotonic()
-    while process.poll() is None:
-        time.sleep(0.1)
-        now = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        if now != size:
-            size, since = now, time.monotonic()
-        elif time.monotonic() > since + PATIENCE:
-            return f"no answer for {PATIENCE} seconds"
-    error = process.stderr.read().decode(errors="replace").strip().splitlines()
-    return None if process.returncode == 0 else (error or ["it failed"])[-1]
+        with np.load(path) as stored:
+            pixels, labels = stored["pixels"], stored["labels"]
+    except Exception:  # absent, damaged or unreadable: it can always be drawn again
+        pixels, labels = digits.draw(COURSE["class_counts"][split], {"train": 1, "test": 2}[split], colour)
+        buffer = io.BytesIO()
+        np.savez(buffer, pixels=pixels, labels=labels)
+        with contextlib.suppress(OSError):  # a folder that cannot be written to costs the drawing each time, no more
+            write(path, buffer.getvalue())
+            for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+                left_over.unlink(missing_ok=True)
+    return Images(torch.from_numpy(pixels), torch.from_numpy(labels))

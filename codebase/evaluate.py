@@ -1,123 +1,108 @@
-"""Figures of a trained model: bounds on the course subset, accuracy on the test split."""
+"""Figures of a trained model: bounds on the course subset, use of the latent space, accuracy on the test split."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from codebase import utils
+from codebase.data import Images
+from codebase.models.fsvae import FSVAE
+from codebase.models.gmvae import GMVAE
+from codebase.models.ssvae import SSVAE
+from codebase.models.vae import BinaryVAE
+from codebase.runtime.device import eval_mode
+from codebase.runtime.processes import ALONE, Processes
 
 SAMPLES = 100  # evaluations that NELBO, KL and Rec are averages over; IWAE-m takes SAMPLES // m, at least one
-ROWS = 1000  # decoder rows at a time: few enough to stay in a CPU's cache
+ROWS = 1000  # rows of a network at a time: few enough to stay in a CPU's cache
+MEMORY = {"cpu": 2**27, "cuda": 2**30, "mps": 2**29}  # bytes that they may take, where that is less
 
 
-def random_state() -> dict[str, Tensor]:
-    """The states of torch's generators, of the CPU and of the accelerator in use."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    if torch.backends.mps.is_available():
-        state["mps"] = torch.mps.get_rng_state()
-    return state
+def chunk_rows(model: BinaryVAE, device: torch.device) -> int:
+    """How many samples of z go through the decoder and the prior at once: as memory, and a CPU's cache, allow."""
+    pairs = getattr(model, "k", 0) * (4 * model.z_dim if device.type == "mps" else 1)  # see log_normal_components
+    rows = MEMORY[device.type] // (4 * (4 * 784 + 6 * pairs))
+    return max(1, min(rows, ROWS) if device.type == "cpu" else rows)
 
 
-def set_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    if "mps" in state and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(state["mps"])
-
-
-@contextmanager
-def quietly(model, seed: int = 0) -> Iterator[None]:
-    """Without gradients, in evaluation mode, and with a random stream of its own; everything is put back after."""
-    training, random = model.training, random_state()
-    torch.manual_seed(seed)
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-        set_random_state(random)
-
-
-def bounds(model, x: Tensor, ms: tuple[int, ...] = (1, 10, 100, 1000), seed: int = 0, ranks=None) -> dict[str, float]:
+def bounds(
+    model: BinaryVAE, x: Tensor, ms: tuple[int, ...] = (1, 10, 100, 1000), seed: int = 0, group: Processes = ALONE
+) -> dict[str, float]:
     """NELBO, KL, Rec and the IWAE-m bounds of a VAE or GMVAE on binary images x (n, 784), in nats per image.
 
     NELBO, KL and Rec are averages over 100 samples of z per image; IWAE-m is an average over max(100 // m, 1) groups
     of m, ess_m their mean effective sample size (sum w)^2 / sum w^2. All share the same samples, drawn chunk by chunk,
-    so that memory does not grow with m. ranks: the processes that share the chunks, if there are several.
+    so that memory does not grow with m. Of several processes each takes its share of the chunks.
     """
-    few, many = [m for m in ms if m <= SAMPLES], sorted(m for m in ms if m > SAMPLES)
-    chunk = max(1, (ROWS if x.device.type == "cpu" else 50 * ROWS) // len(x))
-    terms = x.new_zeros(3, SAMPLES, len(x))  # log_w, kl, rec of the first samples
-    sums = x.new_full((2, len(many), len(x)), -math.inf)  # log of sum w and of sum w^2 over the first m
-    with quietly(model):
-        for start in range(0, max([SAMPLES, *many]), chunk):
-            if ranks and start // chunk % ranks.size != ranks.rank:
-                continue
+    chunk = max(1, chunk_rows(model, x.device) // len(x))
+    terms = x.new_zeros(3, SAMPLES, len(x))  # log_w, kl and rec of the first samples
+    large = sorted(m for m in ms if m > SAMPLES)
+    sums = x.new_full((len(large), 2, len(x)), -math.inf)  # log of sum w and of sum w^2 over the first m
+    with eval_mode(model):
+        qm, qv = model.enc(x)
+        for start in range(chunk * group.rank, max([SAMPLES, *large]), chunk * group.size):
             torch.manual_seed(seed + start)
-            found = torch.stack(model.importance(x, chunk))
-            kept = terms[:, start : start + chunk]
-            kept.copy_(found[:, : kept.shape[1]])
-            for row, m in enumerate(many):
-                log_w = found[0, : max(0, m - start)]
-                if len(log_w):
-                    new = torch.stack([log_w.logsumexp(0), (2 * log_w).logsumexp(0)])
-                    sums[:, row] = torch.logaddexp(sums[:, row], new)
-        if ranks:
-            terms, sums = ranks.sum(terms), ranks.logsumexp(sums)
+            z = utils.sample_gaussian(qm.expand(chunk, *qm.shape), qv)
+            log_p_x, log_p_z, log_q_z = model.log_densities(x, qm, qv, z)  # (chunk, n)
+            log_w = log_p_x + log_p_z - log_q_z
+            if start < SAMPLES:
+                kept = torch.stack([log_w, model.kl(qm, qv, z).expand_as(log_w), -log_p_x])
+                terms[:, start : start + chunk] = kept[:, : SAMPLES - start]
+            for row, m in enumerate(large):
+                if start < m:
+                    sums[row] = torch.logaddexp(sums[row], log_sums(log_w[: m - start]))
+    of_all = x.new_zeros(group.size, *sums.shape)
+    of_all[group.rank] = sums
+    group.sum([terms, of_all])
     log_w, kl, rec = terms
+    logs = dict(zip(large, of_all.logsumexp(0), strict=True))
+    logs |= {m: log_sums(log_w[: SAMPLES // m * m].unflatten(0, (-1, m)), 1) for m in ms if m <= SAMPLES}
     figures = {"nelbo": (kl + rec).mean(), "kl": kl.mean(), "rec": rec.mean()}
-    logs = {m: _grouped(log_w, m) for m in few} | {m: sums[:, row] for row, m in enumerate(many)}
-    for m in ms:
-        figures[f"niwae_{m}"] = (math.log(m) - logs[m][0]).mean()
-    for m in ms:
-        figures[f"ess_{m}"] = (2 * logs[m][0] - logs[m][1]).exp().mean()
+    figures |= {f"niwae_{m}": (math.log(m) - logs[m][0]).mean() for m in ms}
+    figures |= {f"ess_{m}": (2 * logs[m][0] - logs[m][1]).exp().mean() for m in ms}
     return {name: value.item() for name, value in figures.items()}
 
 
-def _grouped(log_w: Tensor, m: int) -> Tensor:
-    """log sum w and log sum w^2 of groups of m samples: (SAMPLES, n) to (2, SAMPLES // m, n)."""
-    groups = log_w[: SAMPLES // m * m].unflatten(0, (-1, m))
-    return torch.stack([groups.logsumexp(1), (2 * groups).logsumexp(1)])
+def log_sums(log_w: Tensor, dim: int = 0) -> Tensor:
+    """log sum w and log sum w^2 over dim, stacked."""
+    return torch.stack([log_w.logsumexp(dim), (2 * log_w).logsumexp(dim)])
 
 
-def latent_use(model, x: Tensor) -> dict[str, float]:
-    """How much of z a VAE or GMVAE uses on binary images x (n, 784).
+def latent_use(model: BinaryVAE, images: Images) -> dict[str, float]:
+    """How much of z a VAE or GMVAE uses on a split, binarised once.
 
     active: dimensions of z whose posterior mean varies over the images by more than 0.01 (Burda et al. 2016, 5.2);
     components: of a mixture prior, those that are the likeliest source of the posterior mean of at least one image.
     """
-    with quietly(model):
-        m = torch.cat([model.enc(rows)[0] for rows in x.split(ROWS)])
+    with eval_mode(model):
+        positions = torch.arange(len(images), device=images.labels.device).split(ROWS)
+        m = torch.cat([model.enc(images.binary(index))[0] for index in positions])
         found = {"active": (m.var(0) > 0.01).sum().item()}
-        if hasattr(model, "prior"):
-            prior = model.prior()
-            best = [utils.log_normal_components(rows, *prior).argmax(-1) for rows in m.split(ROWS)]
+        if isinstance(model, GMVAE):
+            best = [
+                utils.log_normal_components(rows, *model.prior()).argmax(-1)
+                for rows in m.split(min(ROWS, chunk_rows(model, m.device)))
+            ]
             found["components"] = torch.cat(best).unique().numel()
     return found
 
 
-def confusion(model, images) -> Tensor:
+def confusion(model: SSVAE, images: Images) -> Tensor:
     """How often each digit (row) was classified as each (column), (10, 10), on grey-level pixels."""
     counts = torch.zeros(100, dtype=torch.int64)
-    with quietly(model):
-        for pixels, labels in zip(images.pixels.split(ROWS), images.labels.split(ROWS), strict=True):
-            guessed = model.cls(pixels.float() / 255).argmax(-1)
-            counts += torch.bincount(10 * labels + guessed, minlength=100).cpu()
+    with eval_mode(model):
+        for index in torch.arange(len(images), device=images.labels.device).split(ROWS):
+            guessed = model.cls(images.scaled(index)).argmax(-1)
+            counts += torch.bincount(10 * images.labels[index] + guessed, minlength=100).cpu()
     return counts.reshape(10, 10)
 
 
-def conditional_bound(model, images) -> dict[str, float]:
+def conditional_bound(model: FSVAE, images: Images) -> dict[str, float]:
     """NELBO, KL and Rec of an FSVAE over a split, one sample of z per image, in nats per image."""
     total = torch.zeros(3)
-    with quietly(model):
+    with eval_mode(model):
         for index in torch.arange(len(images), device=images.labels.device).split(ROWS):
-            x, y = images.scaled(index), images.one_hot(index)
-            total += torch.stack(model.negative_elbo_bound(x, y)).cpu() * len(index)
+            found = torch.stack(model.negative_elbo_bound(images.scaled(index), images.one_hot(index)))
+            total += found.cpu() * len(index)
     return dict(zip(("nelbo", "kl", "rec"), (total / len(images)).tolist(), strict=True))

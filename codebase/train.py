@@ -1,37 +1,35 @@
-"""The training loop: one step for every model, resumable bit for bit, as a CUDA graph where there is CUDA."""
+"""Training: the batches, what a step does, and the one loop, which can be stopped and gone on with bit for bit."""
 
-import copy
-import ctypes
 import math
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from codebase import checkpoint
-from codebase.checkpoint import Fault, Stopped
-from codebase.evaluate import quietly, random_state, set_random_state
+from codebase.runtime import report
+from codebase.runtime.device import random_state, set_random_state
+from codebase.runtime.files import RunError, Stopped, log_dir, model_path, write
+from codebase.runtime.options import Run
+from codebase.runtime.processes import Processes
 
 LOG_EVERY = 100  # steps per row of metrics.csv, each the mean of its steps
+WRITE_EVERY = 30  # seconds after which metrics.csv is brought up to date between two saves
 PIECE = 1000  # images that go through the model at once
-COLUMNS = {
-    "train/loss": "loss",
-    "gen/elbo": "nelbo",  # the table shows what goes down
-    "gen/kl_z": "kl",
-    "gen/kl_y": "kl_y",
-    "gen/rec": "rec",
-    "class/ce": "ce",
-    "class/acc": "acc",
-}
-Batch = Callable[[Tensor], tuple]
+COLUMNS = {"train/loss": "loss", "gen/elbo": "nelbo", "gen/kl_z": "kl", "gen/kl_y": "kl_y", "gen/rec": "rec"}
+COLUMNS |= {"class/ce": "ce", "class/acc": "acc"}  # of metrics.csv, which shows what goes down
+Batch = Callable[[Tensor], tuple[tuple, tuple]]
+OnSave = Callable[[int], Any]
 
 
-def order(n: int, batch_size: int, seed: int, start: int, device) -> Iterator[Tensor]:
+def order(n: int, batch_size: int, seed: int, start: int, device: str) -> Iterator[Tensor]:
     """Batches of positions from batch `start` on: shuffled passes over all n images, laid end to end."""
 
     def shuffled(epoch: int) -> Tensor:
@@ -48,231 +46,90 @@ def order(n: int, batch_size: int, seed: int, start: int, device) -> Iterator[Te
         ahead = torch.cat([ahead[whole:], shuffled(epoch)])
 
 
-def adam(model: torch.nn.Module, device) -> torch.optim.Adam:
-    """Adam with learning rate 1e-3, in one kernel where there is one."""
-    kind = torch.device(device).type
-    return torch.optim.Adam(model.parameters(), lr=1e-3, fused=kind in ("cpu", "cuda"), capturable=kind == "cuda")
+def backward(model: nn.Module, batch: Batch, index: Tensor, group: Processes) -> tuple[list[str], Tensor]:
+    """Add the gradient of the loss on the images at index to the parameters' grad; return the loss's terms by name.
 
-
-def adam_step(optimizer: torch.optim.Adam) -> None:
-    """optimizer.step(), straight to the kernel: what torch does around it takes 0.2 ms, 7% of a VAE's step."""
-    group = optimizer.param_groups[0]
-    parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-    states = [optimizer.state[parameter] for parameter in parameters]
-    if not group["fused"] or not all(states):  # no such kernel, or the first step, which makes the states
-        return optimizer.step()
-    gradients, (beta1, beta2) = [parameter.grad for parameter in parameters], group["betas"]
-    m, v, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
-    torch._foreach_add_(steps, 1)
-    options = {key: group[key] for key in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
-    with torch.no_grad():
-        torch._fused_adam_(parameters, gradients, m, v, [], steps, beta1=beta1, beta2=beta2, **options)
-
-
-class Step:
-    """One training step on the images at the positions of a batch; the terms of the loss add up on the device.
-
-    batch(index) returns what model.loss takes: a tuple with a row per image, and a tuple shared by all images. A batch
-    of more than 1,000 images goes through the model in equal pieces of at most that: time grows with it, not memory.
+    batch(index) is what model.loss takes: a tuple with a row per image, and a tuple shared by all images. More than
+    1,000 images go through the model in equal pieces of at most that: time grows with the batch, not memory. Of
+    several processes each does its rows of every piece.
     """
-
-    def __init__(self, model, batch: Batch, optimizer, terms: Tensor):
-        self.model, self.batch, self.optimizer, self.terms = model, batch, optimizer, terms
-
-    def gradients(self, index: Tensor) -> Tensor:
-        """Leave the gradients of the loss in the parameters; return the terms of the loss."""
-        inputs, shared = self.batch(index)
-        count = math.ceil(len(index) / PIECE)
-        pieces = zip(*(value.tensor_split(count) for value in inputs), strict=True)
-        return sum(self.piece(piece, shared, len(piece[0]) / len(index)) for piece in pieces)
-
-    def piece(self, inputs: tuple, shared: tuple, share: float) -> Tensor:
-        """gradients of some images, which make up that share of the batch."""
-        loss, summaries = self.model.loss(*inputs, *shared)
-        (loss if share == 1 else loss * share).backward()
+    inputs, shared = batch(index)
+    terms = torch.zeros((), device=index.device)
+    for piece in zip(*(value.tensor_split(math.ceil(len(index) / PIECE)) for value in inputs), strict=True):
+        rows = group.rows(len(piece[0]))
+        share = (rows.stop - rows.start) / len(index)  # of the batch's images
+        with group.noise(len(piece[0])):
+            loss, found = model.loss(*(value[rows] for value in piece), *shared)
+        (loss * share).backward()
         with torch.no_grad():
-            return torch.stack(list(summaries.values())) * share
-
-    def __call__(self, index: Tensor) -> None:
-        for parameter in self.optimizer.param_groups[0]["params"]:
-            parameter.grad = None
-        self.terms += self.gradients(index)
-        adam_step(self.optimizer)
+            terms = terms + share * torch.stack(list(found.values()))
+    return list(found), terms
 
 
-class Replayed:
-    """A Step recorded once, as a CUDA graph, and replayed; random numbers go on from replay to replay."""
+class Training:
+    """What the steps of a training change, and how that is saved: weights, optimizer, and the table of the steps."""
 
-    def __init__(self, step: Step, index: Tensor, record=None):
-        self.index = index.clone()  # the graph reads its batch from here
-        before = _snapshot(step)
-        for _ in range(3):  # let libraries allocate what they need outside the graph
-            _on_side_stream(step, self.index)
-        _restore(step, before)
-        self.replay = (record or _record_cuda_graph)(step, self.index)
+    def __init__(self, model: nn.Module, run: Run, state: dict[str, Any] | None, on_save: OnSave):
+        self.model, self.run, self.on_save, table = model, run, on_save, state["table"] if state else {}
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=run.device in ("cpu", "cuda"))
+        self.step, self.names, self.rows = state["step"] if state else 0, table.get("names", []), table.get("rows", [])
+        self.since, self.sums = table.get("since", 0), torch.tensor(table.get("sums", 0.0))  # steps since the last row
+        self.began = time.monotonic() - table.get("seconds", 0.0)
+        if state:
+            model.load_state_dict(state["model"])
+            groups = self.optimizer.state_dict()["param_groups"]  # of this device, not of the one it comes from
+            self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+            set_random_state(state["random"])
 
-    def __call__(self, index: Tensor) -> None:
-        self.index.copy_(index)
-        self.replay()
+    def add(self, names: list[str], terms: Tensor) -> None:
+        """Count a step with these terms of its loss; nothing is read from the device."""
+        self.step, self.since = self.step + 1, self.since + 1
+        self.names, self.sums = names, self.sums.to(terms.device) + terms
 
-
-def _on_side_stream(step: Step, index: Tensor) -> None:
-    if index.device.type != "cuda":
-        return step(index)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(index)
-    torch.cuda.current_stream().wait_stream(side)
-
-
-def _record_cuda_graph(step: Step, index: Tensor) -> Callable[[], None]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(index)
-    return graph.replay
-
-
-def _snapshot(step: Step) -> tuple:
-    return copy.deepcopy((step.model.state_dict(), step.optimizer.state_dict()["state"], step.terms, random_state()))
-
-
-def _restore(step: Step, before: tuple) -> None:
-    """Put weights, optimizer and random state back in place: the tensors stay, so a graph can be recorded on them."""
-    weights, moments, terms, random = before
-    step.model.load_state_dict(weights)
-    for number, parameter in enumerate(step.model.parameters()):
-        for key, value in step.optimizer.state[parameter].items():
-            value.copy_(moments[number][key]) if number in moments else value.zero_()
-    step.terms.copy_(terms)
-    set_random_state(random)
-
-
-def keep_freed_memory(mapped: int = 1 << 30, trimmed: int = -1) -> None:
-    """Have glibc keep freed memory for the next step, not hand it to the system and fault it in again (20% faster).
-
-    mapped: bytes from which on a block is the system's own; trimmed: free bytes that are handed back, -1 for never.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-3, mapped)  # M_MMAP_THRESHOLD
-        mallopt(-1, trimmed)  # M_TRIM_THRESHOLD
-
-
-class Table:
-    """The rows of metrics.csv, and the terms that add up to the next row."""
-
-    def __init__(self, names: list[str], device, stored: dict | None):
-        stored = stored or {"rows": [], "terms": [0.0] * len(names), "steps": 0, "seconds": 0.0}
-        self.names, self.rows, self.steps = names, stored["rows"], stored["steps"]
-        self.terms = torch.tensor(stored["terms"], device=device)
-        self.began = time.monotonic() - stored["seconds"]
-
-    def state(self) -> dict:
-        return {"rows": self.rows, "terms": self.terms.tolist(), "steps": self.steps, "seconds": self.seconds()}
-
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
-
-    def check(self, step: int) -> dict[str, float]:
-        """The terms so far, by column; raises Fault where one is not finite."""
-        values = dict(zip(map(COLUMNS.get, self.names), self.terms.tolist(), strict=True))
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
-        if broken:
+    def means(self) -> dict[str, float]:
+        """The mean of each term over the steps since the last row; raises RunError where one is not finite."""
+        sums = self.sums.tolist() if self.since else []
+        means = {name: total / self.since for name, total in zip(self.names, sums, strict=False)}
+        if broken := [COLUMNS[name] for name, mean in means.items() if not math.isfinite(mean)]:
             terms = " and ".join(name for name in broken if name not in ("loss", "nelbo")) or "loss"
-            raise Fault(f"{terms} not finite at step {step}: training stopped, the last checkpoint is kept")
-        return values
+            raise RunError(f"{terms} not finite at step {self.step}: training stopped, the last checkpoint is kept")
+        return {COLUMNS[name]: 0.0 - mean if name == "gen/elbo" else mean for name, mean in means.items()}
 
-    def close_row(self, step: int) -> dict[str, float]:
-        means = {name: value / self.steps for name, value in self.check(step).items()}
-        means["nelbo"] = 0.0 - means["nelbo"]
-        self.rows.append([step, *means.values(), round(self.seconds(), 3)])
-        self.terms.zero_()
-        self.steps = 0
-        return means
+    def row(self) -> list[float]:
+        """The row of the table that ends at this step."""
+        return [self.step, *self.means().values(), round(time.monotonic() - self.began, 3)]
 
-    def csv(self) -> str:
-        head = ["step", *(COLUMNS[name] for name in self.names), "seconds"]
-        return "".join(
-            ",".join(f"{value:.10g}" if isinstance(value, float) else str(value) for value in row) + "\n"
-            for row in [head, *self.rows]
-        )
+    def save_table(self) -> None:
+        """Write metrics.csv; a row that is not closed yet comes last."""
+        lines = [["step", *map(COLUMNS.get, self.names), "seconds"], *self.rows] + ([self.row()] if self.since else [])
+        cells = ([f"{value:.10g}" if isinstance(value, float) else str(value) for value in line] for line in lines)
+        write(log_dir(self.run.name) / "metrics.csv", "".join(",".join(line) + "\n" for line in cells))
 
+    def check(self) -> None:
+        """Raise RunError where a loss or a weight is not finite."""
+        self.means()
+        if not all(torch.isfinite(value).all() for value in self.model.state_dict().values()):
+            raise RunError(f"weights not finite at step {self.step}: training stopped, the last checkpoint is kept")
 
-class Progress:
-    """A bar on a terminal; elsewhere a plain line every few seconds."""
-
-    def __init__(self, start: int, stop: int):
-        shown = sys.stderr.isatty() and checkpoint.writes
-        self.bar = tqdm(initial=start, total=stop, disable=not shown, dynamic_ncols=True, mininterval=0.5)
-        self.stop, self.told, self.before = stop, time.monotonic(), start
-
-    def show(self, step: int, means: dict[str, float]) -> None:
-        figures = {key: f"{means[key]:.2f}" for key in ("loss", "kl", "rec", "ce", "acc") if means.get(key)}
-        self.bar.set_postfix(figures, refresh=False)
-        if self.bar.disable and checkpoint.writes and (now := time.monotonic()) > self.told + 5:
-            rate = (step - self.before) / (now - self.told)
-            text = ", ".join(f"{key} {value}" for key, value in figures.items())
-            print(f"step {step:,} of {self.stop:,}: {text}, {rate:.0f} steps/s", file=sys.stderr, flush=True)
-            self.told, self.before = now, step
-
-
-def fit(model, batch: Batch, n: int, args, state: dict | None, on_save=lambda step: None) -> None:
-    """Train model to step args.iter_max, from the stored state if there is one, and store checkpoints on the way.
-
-    batch: see Step; n: the number of training images. on_save(step) is called after each checkpoint.
-    Raises Stopped on SIGINT and SIGTERM, once the state is saved; Fault where a loss or a weight is not finite.
-    """
-    with quietly(model):
-        inputs, shared = batch(torch.zeros(1, dtype=torch.int64, device=args.device))
-        names = list(model.loss(*inputs, *shared)[1])
-    optimizer, table, start = adam(model, args.device), Table(names, args.device, state and state["table"]), 0
-    if state:
-        start = state["step"]
-        model.load_state_dict(state["model"])
-        groups = optimizer.state_dict()["param_groups"]  # of this device, not of the one that the state comes from
-        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-        set_random_state(state["random"])
-    batches = order(n, args.batch_size, args.seed, start, args.device)
-    progress = Progress(start, args.iter_max)
-
-    def save(step: int, checkpointed: bool) -> None:
-        table.check(step)
-        if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
-            raise Fault(f"weights not finite at step {step}: training stopped, the last checkpoint is kept")
-        if checkpointed:
-            checkpoint.save_model_by_name(model, step)
-        state = {"step": step, "settings": args.settings, "model": model.state_dict(), "table": table.state()}
-        state |= {"optimizer": optimizer.state_dict()["state"], "random": random_state()}
-        checkpoint.save_state(model.name, state)
-        checkpoint.write(checkpoint.log_dir(model.name) / "metrics.csv", table.csv())
-        if checkpointed:
-            on_save(step)
-
-    with signals() as caught:
-        train_step = fastest(model, batch, optimizer, table.terms, args, caught)
-        for step in range(start + 1, args.iter_max + 1):
-            train_step(next(batches))
-            table.steps += 1
-            progress.bar.update()
-            last = step == args.iter_max
-            if step % LOG_EVERY == 0 or last:
-                progress.show(step, table.close_row(step))
-            if step % args.iter_save == 0 or last:
-                save(step, checkpointed=True)
-            if caught and not last:
-                save(step, checkpointed=False)
-                raise Stopped(caught[0], step)
-    progress.bar.close()
+    def save(self) -> None:
+        """Store the table, the checkpoint where one is due, and last the state, the record that all of it is there."""
+        self.save_table()
+        due = self.step % self.run.iter_save == 0 or self.step == self.run.iter_max
+        if self.step and due:
+            self.on_save(self.step)
+            checkpoint.save_model_by_name(self.model, self.step)
+        table = {"names": self.names, "rows": self.rows, "since": self.since, "sums": self.sums.tolist()}
+        table |= {"seconds": time.monotonic() - self.began}
+        state = {"step": self.step, "settings": self.run.settings(), "table": table, "random": random_state()}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"]}
+        checkpoint.save_state(self.run.name, state)
 
 
 @contextmanager
-def signals() -> Iterator[list[int]]:
+def caught_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list instead of being ended by them."""
     caught: list[int] = []
-    before = {
-        number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before = {n: signal.signal(n, lambda n, _: caught.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
@@ -280,16 +137,70 @@ def signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def fastest(model, batch: Batch, optimizer, terms: Tensor, args, caught: list[int]) -> Callable[[Tensor], None]:
-    """The step of these processes, of this process, or on CUDA its graph where one can be recorded."""
-    if args.ranks:
-        from codebase.parallel import SharedStep
+def progress_bar(start: int, stop: int, shown: bool) -> tqdm:
+    """A bar on a terminal; elsewhere a plain line every few seconds."""
+    if sys.stderr.isatty():
+        return tqdm(initial=start, total=stop, disable=not shown, dynamic_ncols=True, mininterval=0.5)
+    line = "step {n} of {total}{postfix}, {rate_fmt}\n"
+    return tqdm(initial=start, total=stop, disable=not shown, bar_format=line, mininterval=5, delay=5, unit=" steps")
 
-        return SharedStep(model, batch, optimizer, terms, args.ranks, caught)
-    step = Step(model, batch, optimizer, terms)
-    if torch.device(args.device).type == "cuda":
-        try:
-            return Replayed(step, torch.zeros(args.batch_size, dtype=torch.int64, device=args.device))
-        except RuntimeError as error:
-            print(f"training without a CUDA graph: {str(error).splitlines()[0]}", file=sys.stderr)
-    return step
+
+def fit(
+    model: nn.Module, batch: Batch, n: int, run: Run, group: Processes, state: dict[str, Any] | None, on_save: OnSave
+) -> None:
+    """Train the model to step --iter_max, from the stored state if there is one, and store checkpoints on the way.
+
+    batch: see backward; n: the number of training images; on_save(step) is part of each checkpoint. Raises Stopped on
+    SIGINT and SIGTERM, once the state is saved, and RunError where a loss or a weight is not finite.
+    """
+    training, stop, written = Training(model, run, state, on_save), 0, time.monotonic()
+    parameters = list(model.parameters())
+    batches = order(n, run.batch_size, run.seed, training.step, run.device)
+    with caught_signals() as caught, progress_bar(training.step, run.iter_max, group.main) as progress:
+        if group.main:
+            report.config(run)
+            training.save()
+        while training.step < run.iter_max and not stop:
+            training.optimizer.zero_grad()
+            names, terms = backward(model, batch, next(batches), group)
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            stop = group.sum([*gradients, terms], max(caught, default=0))
+            training.optimizer.step()
+            training.add(names, terms)
+            progress.update()
+
+            if training.step % LOG_EVERY == 0:
+                shown = {name: f"{mean:.2f}" for name, mean in training.means().items() if name != "nelbo" and mean}
+                progress.set_postfix(shown, refresh=False)
+                training.rows.append(training.row())
+                training.since, training.sums = 0, torch.zeros_like(training.sums)
+            if training.step % run.iter_save == 0 or training.step == run.iter_max or stop:
+                training.check()
+                if group.main:
+                    training.save()
+            elif group.main and time.monotonic() > written + WRITE_EVERY:
+                training.save_table()
+                written = time.monotonic()
+    late = group.sum([], max(caught, default=0))  # a signal during the last step or save; and that is done by now
+    if stop := stop or late:
+        line = f"stopped at step {training.step}, state saved; the same command goes on from there"
+        raise Stopped(line, stop)
+
+
+def train_or_load(
+    model: nn.Module, batch: Batch, n: int, run: Run, group: Processes, on_save: OnSave = lambda step: None
+) -> None:
+    """Bring the model to step --iter_max: by training or going on (see fit), or from a checkpoint that is there.
+
+    Raises UsageError where what is stored contradicts the command line.
+    """
+    report.begin(run, model)
+    weights, state = group.first(lambda: checkpoint.find(model, run))
+    if weights is not None:
+        model.load_state_dict(weights)
+        return print(f"loaded {model_path(run.name, run.iter_max)}" + (", trained before" if run.train else ""))
+    if state and state["step"]:
+        print(f"going on from step {state['step']:,}")
+    began = time.monotonic()
+    fit(model, batch, n, run, group, state, on_save)
+    print(f"trained to step {run.iter_max:,} in {timedelta(seconds=round(time.monotonic() - began))}")

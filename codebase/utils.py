@@ -16,6 +16,7 @@ from torch import Tensor
 
 def _names_arguments(function):
     """Re-raise what torch says of bad arguments with their names and shapes; costs nothing where all is well."""
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
@@ -24,19 +25,15 @@ def _names_arguments(function):
         except (TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
             if isinstance(error, (torch.OutOfMemoryError, NotImplementedError)):
                 raise
-            try:
-                bound = inspect.signature(function).bind(*args, **kwargs).arguments
-            except TypeError as wrong_call:
-                raise TypeError(f"{function.__name__}: {wrong_call}") from None
-            shown = ", ".join(f"{name} {_describe(value)}" for name, value in bound.items())
+            given = signature.bind_partial(*args, **kwargs).arguments  # a TypeError where there is no such argument
+            shown = ", ".join(
+                f"{name} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{name} = {value!r:.60}"
+                for name, value in given.items()
+            )
             kind = TypeError if isinstance(error, (TypeError, AttributeError)) else ValueError
             raise kind(f"{function.__name__}: {str(error).splitlines()[0]} (given {shown})") from error
 
     return wrapper
-
-
-def _describe(value) -> str:
-    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"= {value!r:.60}"
 
 
 @_names_arguments
@@ -72,26 +69,20 @@ def log_normal_mixture(z: Tensor, m: Tensor, v: Tensor) -> Tensor:
 
 
 def log_normal_components(z: Tensor, m: Tensor, v: Tensor) -> Tensor:
-    """log N(z_b; m_k, diag v_k) of every component: arguments as in log_normal_mixture, nats, (batch, mix)."""
-    shared = all(size == 1 for size in (*m.shape[:-2], *v.shape[:-2]))
-    if shared and z.dtype != torch.float64 and z.device.type != "mps":  # mps has no float64
-        return _log_normal_shared(z, m, v).to(z.dtype)
-    return log_normal(z.unsqueeze(-2), m, v)
+    """log N(z_b; m_k, diag v_k) of every component: arguments as in log_normal_mixture, nats, (batch, mix).
 
-
-def _log_normal_shared(z: Tensor, m: Tensor, v: Tensor) -> Tensor:
-    """log N(z_b; m_k, diag v_k) for all pairs, (batch, dim) and (1, mix, dim) to (batch, mix), in float64.
-
-    (z - m)^2 / v is expanded to [z^2, z, 1] times [-1/2v, m/v, -m^2/2v]. In float64 the cancellation costs about
-    (1e-8 t)^2 nats, t = |m| / sqrt(v), less than the 6e-8 t nats that the float32 rounding of z itself makes.
+    Where all of the batch shares the components, (z - m)^2 / v is expanded to [z^2, z, 1] times [-1/2v, m/v, -m^2/2v],
+    one product of matrices. In float64 the cancellation costs about (1e-8 t)^2 nats, t = |m| / sqrt(v), less than the
+    6e-8 t nats that the float32 rounding of z itself makes.
     """
-    dim = z.shape[-1]
-    m, v = torch.broadcast_tensors(m.reshape(m.shape[-2:]).double(), v.reshape(v.shape[-2:]).double())
-    if m.shape[-1] != dim:
+    shared = all(size == 1 for size in (*m.shape[:-2], *v.shape[:-2]))
+    if not shared or z.dtype == torch.float64 or z.device.type == "mps":  # mps has no float64
+        return log_normal(z.unsqueeze(-2), m, v)
+    z64, m, v = z.double(), *torch.broadcast_tensors(m.flatten(0, -2).double(), v.flatten(0, -2).double())
+    if m.shape[-1] != z.shape[-1]:
         raise ValueError("z and the components differ in their last axis")
-    z = z.double()
     constant = -0.5 * (m.square() / v + torch.log(2 * math.pi * v)).sum(-1)
-    return F.linear(torch.cat([z.square(), z], -1), torch.cat([-0.5 / v, m / v], -1), constant)
+    return F.linear(torch.cat([z64.square(), z64], -1), torch.cat([-0.5 / v, m / v], -1), constant).to(z.dtype)
 
 
 @_names_arguments
@@ -106,39 +97,14 @@ def gaussian_parameters(h: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
     return m, F.softplus(h) + 1e-8
 
 
-class _LogBernoulli(torch.autograd.Function):
-    """sum_d x_d l_d - softplus(l_d) with few logarithms, which are slow on CPUs; gradient x - sigmoid(l)."""
-
-    @staticmethod
-    def forward(ctx, x, logits):
-        ctx.save_for_backward(x, logits)
-        positive = logits.clamp(min=0)
-        linear = (x * logits).sub_(positive).sum(-1)  # 0 where a pixel is surely right
-        tail = torch.sub(logits, positive, alpha=2, out=positive).exp_()  # softplus(l) = max(l, 0) + log(1 + exp(-|l|))
-        for _ in range(3):  # log(1 + a) + log(1 + b) = log(1 + (a + b + ab)): halves are folded onto each other
-            if tail.shape[-1] % 2 == 0:
-                a, b = tail.chunk(2, -1)
-                tail = torch.addcmul(a, b, a + 1)
-        return linear.sub_(tail.log1p_().sum(-1))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, logits = ctx.saved_tensors
-        grad, grad_x, grad_logits = grad.unsqueeze(-1), None, None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad * logits).sum_to_size(x.shape)
-        if ctx.needs_input_grad[1]:
-            grad_logits = (x - torch.sigmoid(logits)).mul_(grad).sum_to_size(logits.shape)
-        return grad_x, grad_logits
-
-
 @_names_arguments
 def log_bernoulli_with_logits(x: Tensor, logits: Tensor) -> Tensor:
     """log Bern(x; sigmoid(logits)) = sum_d [ x_d l_d - softplus(l_d) ].
 
     x in [0, 1] and logits: (batch, dim). Returns nats, (batch,).
     """
-    return _LogBernoulli.apply(x, logits)
+    size = logits.abs()  # softplus(l) = l/2 + |l|/2 - log sigmoid(|l|): nothing cancels where a pixel is nearly certain
+    return ((x - 0.5) * logits - 0.5 * size + F.logsigmoid(size)).sum(-1)
 
 
 @_names_arguments

@@ -1,18 +1,32 @@
-"""What the tests share: the scripts as a user calls them, the drawn digits, and real MNIST where it is present."""
+"""What the tests share: the scripts as a user calls them, what they stored, drawn digits, and real MNIST if present."""
 
+import csv
 import importlib
 import os
 import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two threads that share a busy machine wait for each other
+
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 MNIST = Path(os.environ.get("MNIST_DIR", ROOT.parent / "shared" / "data"))
 REFERENCE = Path(os.environ.get("REFERENCE_DIR", ROOT.parent / "shared" / "reference"))
 sys.path.insert(0, str(ROOT))
+
+NAMES = {  # of the runs with default settings on the drawn digits
+    "vae": "model=vae_z=10_data=digits_run=0000",
+    "gmvae": "model=gmvae_z=10_k=500_data=digits_run=0000",
+    "ssvae": "model=ssvae_gw=001_cw=100_data=digits_run=0000",
+    "fsvae": "model=fsvae_data=digits_run=0000",
+}
 
 needs_mnist = pytest.mark.skipif(
     not (MNIST / "MNIST" / "raw" / "t10k-images-idx3-ubyte").exists(), reason="no MNIST in MNIST_DIR"
@@ -20,6 +34,28 @@ needs_mnist = pytest.mark.skipif(
 needs_reference = pytest.mark.skipif(
     not (REFERENCE / "checkpoints").exists(), reason="no reference checkpoints in REFERENCE_DIR"
 )
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA on this machine")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="the long variants too: more kills, more models")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: only with --long")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="a long variant: --long runs it"))
+
+
+@pytest.fixture(scope="session")
+def long(request) -> bool:
+    """Whether the long variants were asked for."""
+    return request.config.getoption("--long")
 
 
 def command(script: str, *flags) -> list[str]:
@@ -29,15 +65,22 @@ def command(script: str, *flags) -> list[str]:
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory) -> Path:
     """A data folder in which the drawn digits are stored once for all tests."""
-    return tmp_path_factory.mktemp("digits")
+    from codebase import data
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "drawn"  # one for all workers
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "test"):  # the colour ones are drawn by the first test that wants them
+        data.drawn_digits(str(folder), split, False)
+    return folder
 
 
 @pytest.fixture
-def script(tmp_path, digits_dir, monkeypatch, capfd):
-    """Call main() of a script in an empty folder on drawn digits: script("vae", "--iter_max", 20)."""
+def main(tmp_path, monkeypatch, capfd):
+    """Call main() of a script in an empty folder with these flags and no others: main("vae", "--iter_max", 20)."""
 
     def run(name: str, *flags, cwd=tmp_path) -> subprocess.CompletedProcess:
-        words = [f"run_{name}.py", "--data", "digits", "--data_dir", str(digits_dir), *map(str, flags)]
+        words = [f"run_{name}.py", *map(str, flags)]
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", words)
         before = signal.getsignal(signal.SIGTERM)
@@ -51,6 +94,26 @@ def script(tmp_path, digits_dir, monkeypatch, capfd):
         return subprocess.CompletedProcess(words, code, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def script(main, digits_dir):
+    """Call main() of a script in an empty folder on drawn digits: script("vae", "--iter_max", 20)."""
+
+    def run(name: str, *flags, **kwargs) -> subprocess.CompletedProcess:
+        return main(name, "--data", "digits", "--data_dir", digits_dir, *flags, **kwargs)
+
+    return run
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Send all downloads to a port on which nobody listens, at once or in processes started from here."""
+    monkeypatch.setattr(urllib.request, "_opener", None)  # made at the first download, with the proxies of then
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.fixture
@@ -71,6 +134,61 @@ def process(tmp_path, digits_dir):
     return run
 
 
+def start(model: str, folder: Path, digits_dir: Path, *flags, **kwargs) -> subprocess.Popen:
+    """A script in a process of its own that is left running."""
+    words = command(model, "--data", "digits", "--data_dir", digits_dir, *flags)
+    return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Wait until a file is there, or the process that should write it has ended."""
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.01)
+
+
+def torchrun(count: int, model: str, folder: Path, digits_dir: Path, *flags, env=None) -> subprocess.CompletedProcess:
+    """A script on several processes of one thread each."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "--"]
+    words += command(model, "--data", "digits", "--data_dir", digits_dir, *flags)[1:]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file under a folder with its content."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def weights(folder: Path, name: str, step: int) -> dict[str, torch.Tensor]:
+    """The weights that a run stored at a step."""
+    return torch.load(folder / "checkpoints" / name / f"model-{step:05d}.pt", weights_only=True)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two dictionaries of tensors are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def table(folder: Path, name: str) -> list[dict[str, str]]:
+    """metrics.csv without the one column that no two runs share."""
+    with (folder / "logs" / name / "metrics.csv").open() as file:
+        return [{key: row[key] for key in row if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def checkpoint_steps(folder: Path, model: str) -> list[int]:
+    """The steps at which the default run of a model stored its weights, ascending."""
+    return sorted(int(path.stem[6:]) for path in (folder / "checkpoints" / NAMES[model]).glob("model-*.pt"))
+
+
+class Largest(TorchDispatchMode):
+    """Inside, remember the size of the largest tensor that is made."""
+
+    elements = bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for made in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(made, torch.Tensor):
+                storage = made.untyped_storage().nbytes()  # less than its elements' where it is expanded
+                self.elements, self.bytes = max(self.elements, made.numel()), max(self.bytes, storage)
+        return out

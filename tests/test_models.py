@@ -1,20 +1,31 @@
-"""The four models: keys, bounds against references and exact likelihoods, and the checkpoints of the original code."""
+"""The four models: keys, bounds against references and exact likelihoods, evaluation, and the original code's files."""
 
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.distributions as td
 import torch.nn.functional as F
-from conftest import REFERENCE, needs_mnist, needs_reference
+from conftest import MNIST, NAMES, REFERENCE, Largest, needs_cuda, needs_mnist, needs_reference, same, weights
 
-from codebase import checkpoint, evaluate, utils
+from codebase import checkpoint, data, evaluate, utils
 from codebase.models import nns
 from codebase.models.fsvae import FSVAE
 from codebase.models.gmvae import GMVAE
 from codebase.models.ssvae import SSVAE
 from codebase.models.vae import VAE
+
+KINDS = {"vae": VAE, "gmvae": GMVAE, "ssvae": SSVAE, "fsvae": FSVAE}
+BINARY = pytest.mark.parametrize("kind, settings", [("vae", {}), ("gmvae", {"k": 20})])
+LAYERS = {f"net.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
+
+
+def made(kind: str, seed: int = 0, **settings) -> torch.nn.Module:
+    """A model whose weights are fixed by the seed."""
+    torch.manual_seed(seed)
+    return KINDS[kind](**settings)
 
 
 def binary(n: int, seed: int = 0) -> torch.Tensor:
@@ -25,24 +36,28 @@ def one_hot(n: int) -> torch.Tensor:
     return torch.eye(10)[torch.arange(n) % 10]
 
 
-LAYERS = {f"net.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
+def batch(kind: str, n: int = 6) -> tuple[torch.Tensor, ...]:
+    """What the loss of a model takes, for n images."""
+    if kind == "fsvae":
+        return torch.rand(n, 3072, generator=torch.Generator().manual_seed(0)), one_hot(n)
+    return (binary(n), binary(10, seed=1), one_hot(10)) if kind == "ssvae" else (binary(n),)
 
 
 @pytest.mark.parametrize(
-    "model, networks, constants",
+    "kind, networks, constants",
     [
-        (VAE, ("enc", "dec"), {"z_prior_m", "z_prior_v"}),
-        (GMVAE, ("enc", "dec"), {"z_pre", "pi"}),
-        (SSVAE, ("enc", "dec", "cls"), {"z_prior_m", "z_prior_v"}),
-        (FSVAE, ("enc", "dec"), {"z_prior_m", "z_prior_v"}),
+        ("vae", ("enc", "dec"), {"z_prior_m", "z_prior_v"}),
+        ("gmvae", ("enc", "dec"), {"z_pre", "pi"}),
+        ("ssvae", ("enc", "dec", "cls"), {"z_prior_m", "z_prior_v"}),
+        ("fsvae", ("enc", "dec"), {"z_prior_m", "z_prior_v"}),
     ],
 )
-def test_state_dicts_have_the_keys_and_shapes_that_other_code_reads(model, networks, constants):
-    state = model().state_dict()
+def test_state_dicts_have_the_keys_and_shapes_that_other_code_reads(kind, networks, constants):
+    state = made(kind).state_dict()
     assert set(state) == {f"{network}.{key}" for network in networks for key in LAYERS} | constants
-    first = {VAE: (300, 784), GMVAE: (300, 784), SSVAE: (300, 794), FSVAE: (500, 3082)}[model]
+    first = {"vae": (300, 784), "gmvae": (300, 784), "ssvae": (300, 794), "fsvae": (500, 3082)}[kind]
     assert state["enc.net.0.weight"].shape == first
-    if model is GMVAE:
+    if kind == "gmvae":
         assert state["z_pre"].shape == (1, 1000, 10) and torch.equal(state["pi"], torch.full((500,), 1 / 500))
 
 
@@ -55,6 +70,12 @@ def test_the_seed_fixes_weights_in_the_order_encoder_decoder_classifier_prior():
     model = GMVAE()
     assert torch.equal(model.enc.net[4].weight, layers[2].weight) and torch.equal(model.dec.net[4].bias, layers[5].bias)
     assert torch.equal(model.z_pre, z_pre)
+    torch.manual_seed(3)
+    sizes = [(794, 300), (300, 300), (300, 128), (74, 300), (300, 300), (300, 784), (784, 300), (300, 300), (300, 10)]
+    layers = [torch.nn.Linear(*size) for size in sizes]
+    torch.manual_seed(3)
+    model = SSVAE()
+    assert torch.equal(model.dec.net[4].bias, layers[5].bias) and torch.equal(model.cls.net[4].bias, layers[8].bias)
 
 
 @pytest.mark.parametrize("shapes", [((7, 5), (7, 3)), ((7, 5), (4, 1, 3)), ((4, 7, 5), (4, 1, 3))])
@@ -80,16 +101,15 @@ def test_the_iwae_bound_reproduces_the_published_value():
     assert vae.negative_iwae_bound(x, iw=10)[0].item() == pytest.approx(544.3607, abs=0.15)
 
 
-@pytest.mark.parametrize("model", [VAE(), GMVAE(k=20)])
-def test_the_elbo_is_kl_plus_rec_and_beta_changes_the_loss_alone(model):
-    x = binary(20)
+@BINARY
+def test_the_elbo_is_kl_plus_rec_and_beta_changes_the_loss_alone(kind, settings):
+    model, x = made(kind, **settings), binary(20)
     torch.manual_seed(1)
     nelbo, kl, rec = model.negative_elbo_bound(x)
     torch.testing.assert_close(nelbo, kl + rec)
-    model.beta = 4.0
+    model = made(kind, **settings, beta=4.0)
     torch.manual_seed(1)
     loss, summaries = model.loss(x)
-    model.beta = 1.0
     torch.testing.assert_close(loss, rec + 4 * kl)
     torch.testing.assert_close(summaries["gen/elbo"], -nelbo)
     assert set(summaries) == {"train/loss", "gen/elbo", "gen/kl_z", "gen/rec"}
@@ -97,7 +117,7 @@ def test_the_elbo_is_kl_plus_rec_and_beta_changes_the_loss_alone(model):
 
 
 def test_the_vae_elbo_equals_the_one_of_torch_distributions():
-    model, x = VAE(), binary(5)
+    model, x = made("vae"), binary(5)
     torch.manual_seed(2)
     _, kl, rec = model.negative_elbo_bound(x)
     torch.manual_seed(2)
@@ -108,9 +128,9 @@ def test_the_vae_elbo_equals_the_one_of_torch_distributions():
     torch.testing.assert_close(rec, -td.Bernoulli(logits=model.dec(z)).log_prob(x).sum(-1).mean())
 
 
-@pytest.mark.parametrize("model", [VAE(), GMVAE(k=20)])
-def test_one_importance_sample_is_the_sampled_elbo_and_more_are_never_above_it(model):
-    x = binary(20)
+@BINARY
+def test_one_importance_sample_is_the_sampled_elbo_and_more_are_never_above_it(kind, settings):
+    model, x = made(kind, **settings), binary(20)
     niwae, kl, rec = model.negative_iwae_bound(x, 1)
     torch.testing.assert_close(niwae, kl + rec)
     for m in (2, 7, 50):
@@ -118,10 +138,19 @@ def test_one_importance_sample_is_the_sampled_elbo_and_more_are_never_above_it(m
         assert niwae <= kl + rec + 1e-4
 
 
-@pytest.mark.parametrize("iw", [0, -1, 1.5, None])
+@pytest.mark.parametrize("iw", [0, -1, 1.5, None, "3", np.int64(0), np.float64(3), torch.tensor(1.5)])
 def test_fewer_than_one_importance_sample_is_an_error_that_names_iw(iw):
     with pytest.raises(ValueError, match="iw"):
-        VAE().negative_iwae_bound(binary(2), iw)
+        made("vae").negative_iwae_bound(binary(2), iw)
+
+
+@pytest.mark.parametrize("iw", [np.int64(10), np.uint8(10), torch.tensor(10)])
+def test_importance_samples_may_be_counted_by_a_whole_number_of_any_kind(iw):
+    model, x = made("vae"), binary(3)
+    torch.manual_seed(1)
+    wanted = model.negative_iwae_bound(x, 10)
+    torch.manual_seed(1)
+    torch.testing.assert_close(model.negative_iwae_bound(x, iw), wanted, rtol=0, atol=0)
 
 
 def spread_out(model):
@@ -132,14 +161,14 @@ def spread_out(model):
     return model
 
 
-@pytest.mark.parametrize("make", [lambda: VAE(z_dim=1), lambda: GMVAE(z_dim=1, k=5)])
-def test_iwae_tightens_with_m_and_tends_to_the_exact_log_likelihood(make):
-    torch.manual_seed(0)
-    model, x = spread_out(make()), binary(4)
+@pytest.mark.parametrize("kind, settings", [("vae", {}), ("gmvae", {"k": 5})])
+def test_iwae_tightens_with_m_and_tends_to_the_exact_log_likelihood(kind, settings):
+    model, x = spread_out(made(kind, z_dim=1, **settings)), binary(4)
     with torch.no_grad():
-        z = torch.linspace(-12, 12, 48_001)[:, None]
-        log_joint = torch.stack([utils.log_bernoulli_with_logits(row, model.dec(z)) + model.log_prior(z) for row in x])
-        exact = -(log_joint.logsumexp(1) + math.log(24 / 48_000)).mean().item()  # integral over z by the midpoint rule
+        z = torch.linspace(-12, 12, 12_001)[:, None]
+        logits = model.dec(z)
+        log_joint = torch.stack([utils.log_bernoulli_with_logits(row, logits) + model.log_prior(z) for row in x])
+        exact = -(log_joint.logsumexp(1) + math.log(24 / 12_000)).mean().item()  # integral over z by the midpoint rule
     found = evaluate.bounds(model, x, ms=(1, 10, 100, 20_000))
     assert found["niwae_1"] > found["niwae_10"] > found["niwae_100"] > exact - 0.02
     assert found["niwae_20000"] == pytest.approx(exact, abs=0.05)
@@ -147,11 +176,10 @@ def test_iwae_tightens_with_m_and_tends_to_the_exact_log_likelihood(make):
 
 
 def test_the_iwae_bound_can_be_trained_on():
-    torch.manual_seed(0)
-    model, x = VAE(), binary(50)
+    model, x = made("vae"), binary(20)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     before = evaluate.bounds(model, x, (10,))["niwae_10"]
-    for _ in range(30):
+    for _ in range(20):
         optimizer.zero_grad()
         model.negative_iwae_bound(x, 10)[0].backward()
         optimizer.step()
@@ -160,23 +188,116 @@ def test_the_iwae_bound_can_be_trained_on():
 
 
 def test_the_iwae_bound_encodes_each_image_once():
-    model, rows = VAE(), []
+    model, rows = made("vae"), []
     model.enc.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape))
     model.negative_iwae_bound(binary(3), 50)
     assert rows == [(3, 784)]
 
 
-@pytest.mark.parametrize("model", [VAE(), GMVAE(k=20)])
-def test_an_images_terms_do_not_depend_on_the_rest_of_the_batch(model):
-    x = binary(6)
-    torch.manual_seed(0)
-    together = model.importance(x, 1)[0][0]
-    noise = torch.Generator().manual_seed(0)
-    eps = torch.randn(6, 10, generator=noise)
-    with pytest.MonkeyPatch.context() as patch:
+def prior(model) -> td.Distribution:
+    """p(z) of a VAE or GMVAE."""
+    if isinstance(model, VAE):
+        return td.Independent(td.Normal(torch.zeros(model.z_dim), torch.ones(model.z_dim)), 1)
+    m, v = (value[0] for value in model.prior())
+    return td.MixtureSameFamily(td.Categorical(model.pi), td.Independent(td.Normal(m, v.sqrt()), 1))
+
+
+@BINARY
+def test_log_densities_are_those_of_torch_distributions_for_every_sample_and_image(kind, settings):
+    model, x = made(kind, **settings), binary(4)
+    with torch.no_grad():
+        qm, qv = model.enc(x)
+        z = torch.randn(7, 4, 10)
+        log_p_x, log_p_z, log_q_z = model.log_densities(x, qm, qv, z)
+        assert log_p_x.shape == log_p_z.shape == log_q_z.shape == (7, 4)
+        torch.testing.assert_close(log_p_x, td.Bernoulli(logits=model.dec(z)).log_prob(x).sum(-1))
+        torch.testing.assert_close(log_p_z, prior(model).log_prob(z))
+        torch.testing.assert_close(log_q_z, td.Normal(qm, qv.sqrt()).log_prob(z).sum(-1))
+
+
+@BINARY
+def test_an_images_densities_do_not_depend_on_the_rest_of_the_batch(kind, settings):
+    model, x = made(kind, **settings), binary(6)
+    with torch.no_grad():
+        qm, qv = model.enc(x)
+        z = utils.sample_gaussian(qm.expand(3, *qm.shape), qv)
+        together = model.log_densities(x, qm, qv, z)
         for i in range(6):
-            patch.setattr(torch, "randn_like", lambda m, i=i: eps[i].reshape(m.shape))
-            torch.testing.assert_close(model.importance(x[i : i + 1], 1)[0][0, 0], together[i], rtol=1e-5, atol=1e-3)
+            of_one = slice(i, i + 1)
+            alone = model.log_densities(x[of_one], *model.enc(x[of_one]), z[:, of_one])
+            for found, wanted in zip(alone, together, strict=True):
+                torch.testing.assert_close(found[:, 0], wanted[:, i], rtol=1e-5, atol=1e-3)
+
+
+@BINARY
+def test_the_iwae_bound_is_the_log_mean_of_the_importance_weights(kind, settings):
+    model, x = made(kind, **settings), binary(5)
+    torch.manual_seed(4)
+    niwae, kl, rec = model.negative_iwae_bound(x, 30)
+    torch.manual_seed(4)
+    qm, qv = model.enc(x)
+    z = qm + qv.sqrt() * torch.randn(30, 5, 10)
+    log_p_x = td.Bernoulli(logits=model.dec(z)).log_prob(x).sum(-1)
+    kl_z = td.Normal(qm, qv.sqrt()).log_prob(z).sum(-1) - prior(model).log_prob(z)
+    torch.testing.assert_close(niwae, -((log_p_x - kl_z).logsumexp(0) - math.log(30)).mean())
+    torch.testing.assert_close((kl, rec), (kl_z.mean(), -log_p_x.mean()), rtol=1e-5, atol=1e-4)
+
+
+class Loss(torch.nn.Module):
+    """A model's loss as a module that can be called."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs):
+        return self.model.loss(*inputs)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_func_gives_the_loss_and_the_gradients_of_backward(kind):
+    loss, inputs = Loss(made(kind)), batch(kind)
+    torch.manual_seed(1)
+    wanted = loss(*inputs)
+    wanted.backward()
+    torch.manual_seed(1)
+    parameters = {name: value.detach() for name, value in loss.named_parameters()}
+    call = torch.func.grad_and_value(lambda values: torch.func.functional_call(loss, values, inputs))
+    gradients, value = call(parameters)
+    torch.testing.assert_close(value, wanted.detach())
+    torch.testing.assert_close(gradients, {name: value.grad for name, value in loss.named_parameters()})
+    assert all(gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_hooks_on_the_layers_of_every_network_are_called(kind):
+    model, called = made(kind), set()
+    layers = {name: module for name, module in model.named_modules() if ".net." in name}
+    assert len(layers) == 5 * (3 if kind == "ssvae" else 2)
+    for name, module in layers.items():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    model.loss(*batch(kind))
+    assert called == set(layers)
+
+
+@pytest.mark.parametrize(
+    "kind, call, shapes",
+    [
+        ("vae", lambda model: model.negative_elbo_bound(torch.zeros(3, 10)), ["3x10", "784x300"]),
+        ("gmvae", lambda model: model.negative_iwae_bound(torch.zeros(3, 10), 2), ["3x10", "784x300"]),
+        ("vae", lambda model: model.compute_sigmoid_given(torch.zeros(3, 11)), ["3x11", "10x300"]),
+        ("ssvae", lambda model: model.negative_elbo_bound(torch.zeros(3, 10)), ["3x10", "784x300"]),
+        ("ssvae", lambda model: model.enc(torch.zeros(3, 10), torch.zeros(10, 1, 10)), ["3x10", "784x300"]),
+        ("ssvae", lambda model: model.dec(torch.zeros(3, 64), torch.zeros(10, 1, 5)), ["10x5", "10x300"]),
+        ("fsvae", lambda model: model.negative_elbo_bound(torch.zeros(3, 10), one_hot(3)), ["3x20", "3082x500"]),
+        ("fsvae", lambda model: model.negative_elbo_bound(torch.zeros(3, 3072), one_hot(4)), ["(3)", "(4)"]),
+    ],
+)
+def test_a_wrong_shape_is_an_error_of_torch_that_names_the_shapes(kind, call, shapes):
+    with pytest.raises(RuntimeError) as caught:
+        call(made(kind))
+    assert all(shape in str(caught.value) for shape in shapes)
+    assert "primitive" not in str(caught.value)
 
 
 def test_samples_of_the_mixture_prior_follow_its_components():
@@ -209,8 +330,7 @@ def ssvae_label_by_label(model, x, eps):
 
 @pytest.mark.parametrize("certainty", [0.0, 1.0, 1000.0])
 def test_the_ssvae_bound_agrees_with_the_labels_summed_one_by_one(certainty):
-    torch.manual_seed(0)
-    model, x = SSVAE(), binary(8)
+    model, x = made("ssvae"), binary(8)
     with torch.no_grad():  # from a uniform classifier to one whose probabilities underflow
         model.cls.net[4].weight.mul_(certainty)
         model.cls.net[4].bias.mul_(certainty)
@@ -225,14 +345,14 @@ def test_the_ssvae_bound_agrees_with_the_labels_summed_one_by_one(certainty):
 
 
 def test_the_ssvae_encoder_sees_each_image_once():
-    model, shapes = SSVAE(), []
+    model, shapes = made("ssvae"), []
     model.enc.register_forward_hook(lambda module, inputs, output: shapes.append([tuple(i.shape) for i in inputs]))
     model.negative_elbo_bound(binary(8))
     assert shapes == [[(8, 784), (10, 1, 10)]]
 
 
 def test_without_generative_weight_no_generative_work_is_done():
-    model, x, y = SSVAE(gen_weight=0), binary(10), one_hot(10)
+    model, x, y = made("ssvae", gen_weight=0), binary(10), one_hot(10)
     model.enc.register_forward_hook(lambda *_: pytest.fail("the encoder was used"))
     loss, summaries = model.loss(x, x, y)
     torch.testing.assert_close(loss, 100 * model.classification_cross_entropy(x, y))
@@ -242,14 +362,13 @@ def test_without_generative_weight_no_generative_work_is_done():
 
 
 def test_the_ssvae_loss_weighs_bound_and_cross_entropy():
-    model, x, y = SSVAE(gen_weight=3, class_weight=7), binary(10), one_hot(10)
+    model, x, y = made("ssvae", gen_weight=3, class_weight=7), binary(10), one_hot(10)
     loss, summaries = model.loss(x, x, y)
     torch.testing.assert_close(loss, -3 * summaries["gen/elbo"] + 7 * summaries["class/ce"])
 
 
 def test_the_fsvae_bound_equals_the_one_of_torch_distributions():
-    torch.manual_seed(0)
-    model, x, y = FSVAE(), torch.rand(6, 3072), one_hot(6)
+    model, (x, y) = made("fsvae"), batch("fsvae")
     torch.manual_seed(1)
     nelbo, kl, rec = model.negative_elbo_bound(x, y)
     torch.manual_seed(1)
@@ -261,69 +380,217 @@ def test_the_fsvae_bound_equals_the_one_of_torch_distributions():
     assert model.reconstruct(x, y, one_hot(6).flip(0)).shape == (6, 3072)
 
 
-@pytest.mark.parametrize("model, reference", [(FSVAE(), "x_v"), (SSVAE(), "y_prior")])
-def test_constants_of_older_files_are_ignored(model, reference, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind, constant", [("fsvae", "x_v"), ("ssvae", "y_prior")])
+def test_constants_of_older_files_are_ignored(kind, constant, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = checkpoint.save_model_by_name(model, 7)
-    torch.save({**torch.load(path), reference: torch.ones(1)}, path)
+    stored, model = made(kind, seed=1), made(kind, seed=2)
+    path = checkpoint.save_model_by_name(stored, 7)
+    torch.save({**torch.load(path), constant: torch.ones(1)}, path)
     assert checkpoint.load_model_by_name(model, 7) is model
+    assert same(model.state_dict(), stored.state_dict())
 
 
 def test_a_checkpoint_is_a_bare_state_dict_of_cpu_tensors(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = checkpoint.save_model_by_name(VAE(name="mine"), 42)
+    model = made("vae", name="mine")
+    path = checkpoint.save_model_by_name(model, 42)
     assert str(path) == "checkpoints/mine/model-00042.pt"
     stored = torch.load(path, weights_only=True)
-    VAE().load_state_dict(stored)
+    assert same(stored, model.state_dict())
     assert {value.device.type for value in stored.values()} == {"cpu"}
 
 
-def test_evaluation_leaves_mode_gradients_and_the_random_stream_as_they_were():
-    model, x = VAE(), binary(5)
+def split(kind: str, n: int) -> data.Images:
+    """Noise in the shape of a split."""
+    stream = torch.Generator().manual_seed(5)
+    pixels = torch.randint(0, 256, (n, 3072 if kind == "fsvae" else 784), dtype=torch.uint8, generator=stream)
+    return data.Images(pixels, torch.arange(n) % 10)
+
+
+EVALUATIONS = {
+    "vae": lambda model: evaluate.bounds(model, binary(5), (1, 10, 130)),
+    "gmvae": lambda model: evaluate.latent_use(model, split("gmvae", 30)),
+    "ssvae": lambda model: evaluate.confusion(model, split("ssvae", 30)).tolist(),
+    "fsvae": lambda model: evaluate.conditional_bound(model, split("fsvae", 30)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_leaves_mode_gradients_and_the_random_stream_as_they_were(kind, training):
+    model = made(kind).train(training)
     torch.manual_seed(9)
     wanted = torch.rand(3)
     torch.manual_seed(9)
-    first, second = (evaluate.bounds(model, x, (1, 10)) for _ in range(2))
-    assert first == second and torch.equal(torch.rand(3), wanted) and model.training
+    first, second = (EVALUATIONS[kind](model) for _ in range(2))
+    assert first == second and torch.equal(torch.rand(3), wanted)
+    assert {module.training for module in model.modules()} == {training} and torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@BINARY
+@pytest.mark.parametrize("chunk", [7, 50, 1000])
+def test_bounds_are_those_of_all_their_samples_whatever_the_chunks(kind, settings, chunk, monkeypatch):
+    model, x, ms, drawn = spread_out(made(kind, **settings)), binary(5), (1, 7, 30, 100, 130, 250), []
+    monkeypatch.setattr(evaluate, "chunk_rows", lambda *_: 5 * chunk + 3)
+    model.dec.register_forward_pre_hook(lambda module, inputs: drawn.append(inputs[0]))
+    found = evaluate.bounds(model, x, ms)
+    assert {len(z) for z in drawn} == {chunk}
+    z = torch.cat(drawn)
+    assert 250 <= len(z) < 250 + chunk and z.shape[1:] == (5, 10) and len(z.unique()) > 0.99 * z.numel()
+    with torch.no_grad():
+        q = td.Independent(td.Normal(model.enc(x)[0], model.enc(x)[1].sqrt()), 1)
+        log_p_x = td.Bernoulli(logits=model.dec(z)).log_prob(x).sum(-1)
+        log_p_z, log_q_z = prior(model).log_prob(z), q.log_prob(z)
+        log_w = (log_p_x + log_p_z - log_q_z).double()
+        standard = td.Independent(td.Normal(torch.zeros(10), torch.ones(10)), 1)
+        kl = td.kl_divergence(q, standard).mean() if kind == "vae" else (log_q_z - log_p_z)[:100].mean()
+        wanted = {"kl": kl.item(), "rec": -log_p_x[:100].mean().item()}
+        wanted["nelbo"] = wanted["kl"] + wanted["rec"]
+        for m in ms:
+            groups = log_w[: max(100 // m, 1) * m].unflatten(0, (-1, m))
+            wanted[f"niwae_{m}"] = -(groups.logsumexp(1) - math.log(m)).mean().item()
+            wanted[f"ess_{m}"] = (1 / groups.softmax(1).square().sum(1)).mean().item()
+    assert found == pytest.approx(wanted, rel=1e-5, abs=2e-3)
+
+
+@BINARY
+def test_bounds_and_the_models_own_iwae_bound_agree_at_the_same_samples(kind, settings, monkeypatch):
+    model, x = spread_out(made(kind, **settings)), binary(5)
+    monkeypatch.setattr(evaluate, "chunk_rows", lambda *_: 5 * 200)
+    found = evaluate.bounds(model, x, (200,), seed=6)
+    torch.manual_seed(6)
+    assert found["niwae_200"] == pytest.approx(model.negative_iwae_bound(x, 200)[0].item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_chunks_of_samples_are_as_many_as_memory_allows(device):
+    def rows(kind, **settings):
+        return evaluate.chunk_rows(made(kind, **settings), torch.device(device))
+
+    few, many, most = (rows("gmvae", k=k) for k in (500, 20_000, 100_000))
+    assert rows("vae") >= few > many > most >= 1 and rows("gmvae", z_dim=2000, k=2000) >= 1
+    for k, count in ((500, few), (20_000, many), (100_000, most)):
+        # all pairs of rows and components in float64, or, where there is none, with all of their 10 dimensions
+        pair = 3 * 4 * 10 if device == "mps" else 2 * 8
+        assert count * (784 * 4 + k * pair) <= evaluate.MEMORY[device] <= 2**30
+    assert device != "cpu" or rows("vae") <= 1000  # what a cache holds
+    assert device != "mps" or 10 * few < evaluate.chunk_rows(made("gmvae"), torch.device("cuda"))
+
+
+def test_the_memory_of_an_evaluation_does_not_grow_with_m():
+    model, x, sizes = made("vae"), binary(5), []
+    for m in (400, 2000):
+        with Largest() as largest:
+            evaluate.bounds(model, x, (m,))
+        sizes.append(largest.bytes)
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("k", [500, 100_000])
+def test_the_memory_of_an_evaluation_does_not_grow_with_k(k):
+    model, x, images = made("gmvae", z_dim=2, k=k), binary(5), split("gmvae", 400)
+    for work in (lambda: evaluate.bounds(model, x, (1,)), lambda: evaluate.latent_use(model, images)):
+        with Largest() as largest:
+            work()
+        assert largest.bytes <= evaluate.MEMORY["cpu"]
+
+
+def test_a_conditional_bound_weighs_every_image_alike(monkeypatch):
+    model, images = made("fsvae"), split("fsvae", 10)
+    with torch.no_grad():
+        qm, qv = model.enc(images.scaled(torch.arange(10)), images.one_hot(torch.arange(10)))
+    wanted = utils.kl_normal(qm, qv, torch.zeros(1), torch.ones(1)).mean().item()
+    monkeypatch.setattr(evaluate, "ROWS", 7)  # pieces of 7 and 3 images
+    found = evaluate.conditional_bound(model, images)
+    assert found["kl"] == pytest.approx(wanted, rel=1e-5)
+    assert found["nelbo"] == pytest.approx(found["kl"] + found["rec"], rel=1e-5)
+
+
+def test_a_confusion_matrix_has_a_row_for_each_true_digit_and_a_column_for_each_assigned_one(monkeypatch):
+    model, images = made("ssvae"), split("ssvae", 25)
+    guesses = model.cls(images.pixels / 255).argmax(-1)
+    monkeypatch.setattr(evaluate, "ROWS", 7)
+    counts = evaluate.confusion(model, images)
+    wanted = torch.zeros(10, 10, dtype=torch.int64)
+    for digit, guess in zip(images.labels, guesses, strict=True):
+        wanted[digit, guess] += 1
+    assert torch.equal(counts, wanted) and counts.sum() == 25 and not torch.equal(counts, counts.T)
+
+
 def test_latent_use_counts_the_dimensions_and_components_that_images_move():
-    torch.manual_seed(0)
-    model, x = GMVAE(z_dim=4, k=3), binary(200)
+    model, x = made("gmvae", z_dim=4, k=3), split("gmvae", 200)
     with torch.no_grad():
         model.enc.net[4].weight[:2].zero_()  # two of the four posterior means do not depend on x
         model.enc.net[4].weight[2:4].mul_(50)
         model.z_pre[0, 0] = 1e3  # a component far from every image
     found = evaluate.latent_use(model, x)
     assert found["active"] == 2 and 1 <= found["components"] <= 2
+    assert evaluate.latent_use(made("vae"), x).keys() == {"active"}
 
 
 @needs_mnist
 @needs_reference
 @pytest.mark.parametrize(
-    "make, name, step",
+    "kind, name, step",
     [
-        (lambda name: VAE(name=name), "model=vae_z=10_run=0000", 20_000),
-        (lambda name: GMVAE(name=name), "model=gmvae_z=10_k=500_run=0000", 20_000),
-        (lambda name: SSVAE(name=name), "model=ssvae_gw=001_cw=100_run=0000", 30_000),
+        ("vae", "model=vae_z=10_run=0000", 20_000),
+        ("gmvae", "model=gmvae_z=10_k=500_run=0000", 20_000),
+        ("ssvae", "model=ssvae_gw=001_cw=100_run=0000", 30_000),
     ],
 )
-def test_checkpoints_of_the_original_code_evaluate_to_their_reported_figures(make, name, step, tmp_path, monkeypatch):
-    from argparse import Namespace
-
-    from conftest import MNIST
-
-    from codebase import data
-
+def test_checkpoints_of_the_original_code_evaluate_to_their_reported_figures(kind, name, step, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").symlink_to(REFERENCE / "checkpoints")
     reported = json.loads((REFERENCE / "checkpoints" / "reported.json").read_text())[f"{name}/model-{step}.pt"]
-    model = checkpoint.load_model_by_name(make(name), step)
-    test = data.load(Namespace(data="mnist", data_dir=str(MNIST), check_data=1, device="cpu"), "test")
+    model = checkpoint.load_model_by_name(made(kind, name=name), step)
+    test = data.mnist(str(MNIST), "test", check=1)
     if "accuracy" in reported:
         counts = evaluate.confusion(model, test)
         assert counts.diag().sum().item() / 10_000 == pytest.approx(reported["accuracy"], abs=1e-4)
     else:
         found = evaluate.bounds(model, data.test_subset(test))
         assert {key: found[key] for key in reported} == pytest.approx(reported, abs=0.25)
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_and_its_gradients_on_cuda_are_those_on_the_cpu(kind, monkeypatch):
+    found = []
+    for device in ("cpu", "cuda"):
+        stream = torch.Generator().manual_seed(1)
+        monkeypatch.setattr(torch, "randn_like", lambda m, s=stream: torch.randn(m.shape, generator=s).to(m.device))
+        model = made(kind).to(device)
+        loss, summaries = model.loss(*(value.to(device) for value in batch(kind, 40)))
+        loss.backward()
+        found.append(summaries | {name: value.grad for name, value in model.named_parameters()})
+        assert {value.device.type for value in found[-1].values()} == {device}
+    on_cpu, on_cuda = found
+    for name, value in on_cpu.items():
+        scale = value.abs().amax().clamp(min=1)
+        torch.testing.assert_close(on_cuda[name].cpu() / scale, value / scale, rtol=1e-4, atol=1e-4)
+
+
+@needs_cuda
+@BINARY
+def test_bounds_on_cuda_are_those_on_the_cpu(kind, settings, monkeypatch):
+    monkeypatch.setattr(evaluate, "chunk_rows", lambda *_: 5 * 50)
+    found = []
+    for device in ("cpu", "cuda"):
+        stream = torch.Generator().manual_seed(1)
+        monkeypatch.setattr(torch, "randn_like", lambda m, s=stream: torch.randn(m.shape, generator=s).to(m.device))
+        found.append(evaluate.bounds(made(kind, **settings).to(device), binary(5).to(device), (1, 10, 130)))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_on_cuda_goes_on_bit_for_bit(kind, script, tmp_path):
+    for folder, *steps in (("whole", 20), ("parts", 10, 20)):
+        (tmp_path / folder).mkdir()
+        for step in steps:
+            result = script(kind, "--device", "cuda", "--iter_max", step, cwd=tmp_path / folder)
+            assert result.returncode == 0 and " on cuda " in result.stdout, result.stderr
+    whole, parts = (weights(tmp_path / folder, NAMES[kind], 20) for folder in ("whole", "parts"))
+    assert same(whole, parts) and {value.device.type for value in whole.values()} == {"cpu"}
+    assert not same(whole, weights(tmp_path / "parts", NAMES[kind], 10))

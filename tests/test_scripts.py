@@ -1,27 +1,33 @@
-"""The four scripts through their real command lines: what they print, store, refuse and go on from."""
+"""The four scripts through their real command lines: what they print, store, draw, refuse and go on from."""
 
 import csv
+import importlib
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
-import time
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, tree
+from conftest import NAMES, ROOT, checkpoint_steps, command, same, table, tree, weights
+from scipy.io import savemat
 
-from codebase import digits
+from codebase import checkpoint, data, digits, evaluate, train
+from codebase.models.fsvae import FSVAE
+from codebase.models.vae import VAE
+from codebase.runtime import fetch, options
+from codebase.runtime.launch import launch
+from codebase.runtime.processes import Processes
 
 NUMBER = r"-?\d+\.\d+(e-?\d+)?"
-NAMES = {
-    "vae": "model=vae_z=10_data=digits_run=0000",
-    "gmvae": "model=gmvae_z=10_k=500_data=digits_run=0000",
-    "ssvae": "model=ssvae_gw=001_cw=100_data=digits_run=0000",
-    "fsvae": "model=fsvae_data=digits_run=0000",
-}
+BOUND = rf"NELBO: {NUMBER}\. KL: {NUMBER}\. Rec: {NUMBER}"
+ACCURACY = r"Test set classification accuracy: 0\.\d+"
 PICTURES = {
     "vae": {"samples.png", "reconstructions.png", "curves.png"},
     "gmvae": {"samples.png", "reconstructions.png", "curves.png"},
@@ -35,123 +41,123 @@ def lines(result) -> list[str]:
     return result.stdout.strip().splitlines()
 
 
+def refusal(result) -> str:
+    """The one line that a refused command says."""
+    assert result.returncode == 2, result
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def results(folder: Path, name: str) -> dict:
+    return json.loads((folder / "logs" / name / "results.json").read_text())
+
+
+def state(folder: Path, name: str) -> dict:
+    return torch.load(folder / "checkpoints" / name / "state.pt", weights_only=True)
+
+
+def kind_of(model: str) -> type[options.Run]:
+    return importlib.import_module(f"run_{model}").Run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, digits_dir):
+    """trained("vae"): a folder in which a process made a run of 100 steps, and what the process said."""
+    made = {}
+
+    def run(model: str) -> tuple[Path, subprocess.CompletedProcess]:
+        if model not in made:
+            folder = tmp_path_factory.mktemp(model)
+            words = command(model, "--data", "digits", "--data_dir", digits_dir, "--iter_max", 100, "--iter_save", 60)
+            made[model] = folder, subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=600)
+        return made[model]
+
+    return run
+
+
+@pytest.fixture
+def finished(trained, tmp_path):
+    """finished("vae"): have a copy of that run in the test's folder; returns the lines that were printed."""
+
+    def copy(model: str) -> list[str]:
+        folder, result = trained(model)
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        return lines(result)
+
+    return copy
+
+
+# What a run prints and leaves
+
+
 @pytest.mark.parametrize("model", NAMES)
-def test_a_model_trains_then_loads_and_leaves_what_the_contract_names(model, script, process, tmp_path):
-    trained = lines(process(model, "--iter_max", 100, "--iter_save", 60))
+def test_a_model_trains_then_loads_and_leaves_what_the_contract_names(model, finished, script, tmp_path):
+    trained = finished(model)
     loaded = lines(script(model, "--iter_max", 100, "--train", 0))
-    last = r"Test set classification accuracy: 0\.\d+" if model == "ssvae" else (
-        rf"NELBO: {NUMBER}. KL: {NUMBER}. Rec: {NUMBER}"
-    )  # fmt: skip
-    assert re_match(last, trained[-1])
+    assert re.fullmatch(ACCURACY if model == "ssvae" else BOUND, trained[-1]), trained[-1]
     if model in ("vae", "gmvae"):
-        assert re_match(last, loaded[-5])
+        assert loaded[-5] == trained[-1]
         for m, line in zip((1, 10, 100, 1000), loaded[-4:], strict=True):
-            assert re_match(rf"Negative IWAE-{m}: {NUMBER}", line)
+            assert re.fullmatch(rf"Negative IWAE-{m}: {NUMBER}", line), line
     else:
         assert loaded[-1] == trained[-1]
     logs, checkpoints = (tmp_path / folder / NAMES[model] for folder in ("logs", "checkpoints"))
     assert {path.name for path in checkpoints.iterdir()} == {"model-00060.pt", "model-00100.pt", "state.pt"}
     assert {path.name for path in logs.glob("*.png")} == PICTURES[model]
-    assert "drawn digits" in json.loads((logs / "results.json").read_text())["data"]
+    assert "drawn digits" in results(tmp_path, NAMES[model])["data"]
     assert json.loads((logs / "config.json").read_text())["batch_size"] == 100
     rows = list(csv.DictReader((logs / "metrics.csv").open()))
     assert [row["step"] for row in rows] == ["100"] and {"loss", "nelbo", "kl", "rec", "seconds"} <= set(rows[0])
 
 
-def re_match(pattern: str, line: str) -> bool:
-    assert re.fullmatch(pattern, line), line
-    return True
+def test_the_results_of_evaluation_join_those_of_training(finished, script, tmp_path):
+    def stored() -> set[str]:
+        return set(results(tmp_path, NAMES["vae"])["figures"])
+
+    finished("vae")
+    trained = results(tmp_path, NAMES["vae"])
+    assert stored() == {"nelbo", "kl", "rec", "active"}
+    lines(script("vae", "--iter_max", 100, "--train", 0, "--iw", 1, 10))
+    assert stored() == {*trained["figures"], "niwae_1", "niwae_10", "ess_1", "ess_10"}
+    lines(script("vae", "--iter_max", 100, "--train", 0, "--iw", 5))
+    both = results(tmp_path, NAMES["vae"])
+    assert stored() == {*trained["figures"], "niwae_1", "niwae_10", "ess_1", "ess_10", "niwae_5", "ess_5"}
+    assert both["figures"].items() >= trained["figures"].items()
+    assert (both["step"], both["data"], both["name"]) == (100, "drawn digits, not MNIST", NAMES["vae"])
+    lines(script("vae", "--iter_max", 110))
+    assert stored() == set(trained["figures"]) and results(tmp_path, NAMES["vae"])["step"] == 110
 
 
-def test_the_results_of_evaluation_join_those_of_training(script, tmp_path):
-    script("ssvae", "--gw", 0, "--iter_max", 20)
-    results = json.loads((tmp_path / "logs/model=ssvae_gw=000_cw=100_data=digits_run=0000/results.json").read_text())
-    assert set(results["figures"]) == {"accuracy"} and len(results["confusion"]) == 10
-    assert sum(map(sum, results["confusion"])) == 10_000 and len(results["per_digit_accuracy"]) == 10
+def test_figures_of_another_step_data_set_or_run_are_not_kept(finished, script, tmp_path):
+    finished("vae")
+    path = tmp_path / "logs" / NAMES["vae"] / "results.json"
+    found = json.loads(path.read_text())
+    stale = found | {"figures": found["figures"] | {"niwae_7": 1.0}, "remark": "of the other"}
+    others = [json.dumps(stale | other) for other in ({"step": 60}, {"data": "mnist"}, {"name": "another run"})]
+    for other in [*others, "{ half a file", json.dumps({key: found[key] for key in ("name", "data", "step")})]:
+        path.write_text(other)
+        lines(script("vae", "--iter_max", 100, "--train", 0, "--iw", 1))
+        assert set(results(tmp_path, NAMES["vae"])["figures"]) == {*found["figures"], "niwae_1", "ess_1"}
+        assert "remark" not in results(tmp_path, NAMES["vae"])
 
 
-def test_help_answers_in_half_a_second_without_loading_torch():
-    best = min(_seconds([*command("vae"), "--help"]) for _ in range(3))
-    code = "import sys, run_vae; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-    assert best < 3  # 0.05 s on an idle machine; speed itself is the benchmark's
+def test_the_confusion_matrix_and_the_accuracies_are_stored_and_fit_together(finished, tmp_path):
+    printed = finished("ssvae")
+    found = results(tmp_path, NAMES["ssvae"])
+    counts = torch.tensor(found["confusion"])
+    assert set(found["figures"]) == {"accuracy"} and counts.shape == (10, 10)
+    assert counts.sum(1).tolist() == data.COURSE["class_counts"]["test"] and counts.sum() == 10_000
+    assert found["per_digit_accuracy"] == pytest.approx((counts.diag() / counts.sum(1)).tolist())
+    assert found["figures"]["accuracy"] == counts.diag().sum().item() / 10_000
+    assert printed[-1] == f"Test set classification accuracy: {found['figures']['accuracy']}"
 
 
-def _seconds(words) -> float:
-    began = time.perf_counter()
-    subprocess.run(words, check=True, capture_output=True)
-    return time.perf_counter() - began
-
-
-def weights(folder: Path, name: str, step: int) -> dict:
-    return torch.load(folder / "checkpoints" / name / f"model-{step:05d}.pt", weights_only=True)
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def table(folder: Path, name: str) -> list[dict]:
-    """metrics.csv without the one column that no two runs share."""
-    with (folder / "logs" / name / "metrics.csv").open() as file:
-        return [{key: row[key] for key in row if key != "seconds"} for row in csv.DictReader(file)]
-
-
-@pytest.mark.parametrize("model", NAMES)
-def test_going_on_equals_never_having_stopped_bit_for_bit(model, script, tmp_path):
-    first, second = tmp_path / "whole", tmp_path / "parts"
-    for folder in (first, second):
-        folder.mkdir()
-    script(model, "--iter_max", 200, cwd=first)
-    for stop in (100, 200):
-        assert script(model, "--iter_max", stop, cwd=second).returncode == 0
-    assert same(weights(first, NAMES[model], 200), weights(second, NAMES[model], 200))
-    assert table(first, NAMES[model]) == table(second, NAMES[model])
-    one, two = (torch.load(folder / "checkpoints" / NAMES[model] / "state.pt") for folder in (first, second))
-    for number, moments in one["optimizer"].items():
-        assert same(moments, two["optimizer"][number])
-    assert same(one["random"], two["random"])
-
-
-def test_a_finished_run_is_evaluated_and_not_trained_again(script, tmp_path):
-    first = lines(script("vae", "--iter_max", 20))
-    before = tree(tmp_path / "checkpoints")
-    again = lines(script("vae", "--iter_max", 20))
-    assert again[-1] == first[-1] and any("trained before" in line for line in again)
-    assert tree(tmp_path / "checkpoints") == before
-
-
-def test_overwrite_starts_over(script, tmp_path):
-    script("vae", "--iter_max", 20)
-    assert script("vae", "--iter_max", 10, "--overwrite", 1).returncode == 0
-    assert {path.name for path in (tmp_path / "checkpoints" / NAMES["vae"]).iterdir()} == {"model-00010.pt", "state.pt"}
-
-
-def test_settings_that_contradict_the_stored_run_are_refused(script, tmp_path):
-    script("vae", "--iter_max", 20)
-    before = tree(tmp_path)
-    result = script("vae", "--iter_max", 30, "--batch_size", 50)
-    assert result.returncode == 2 and "--batch_size" in result.stderr and "100, not 50" in result.stderr
-    result = script("vae", "--iter_max", 10)
-    assert result.returncode == 2 and "[20]" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1 and tree(tmp_path) == before
-
-
-def test_runs_and_seeds_give_different_weights_and_the_same_seed_the_same(script, tmp_path):
-    for flags in (["--run", 0], ["--run", 1], ["--run", 2, "--seed", 0]):
-        assert script("vae", "--iter_max", 10, *flags).returncode == 0
-    zero, one, two = (weights(tmp_path, NAMES["vae"].replace("0000", f"000{run}"), 10) for run in range(3))
-    assert same(zero, two) and not same(zero, one)
-
-
-def test_loading_without_a_checkpoint_names_it_what_there_is_and_what_to_type(script, tmp_path):
-    script("vae", "--iter_max", 10)
-    before = tree(tmp_path)
-    result = script("vae", "--iter_max", 30, "--train", 0)
-    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
-    for word in ("model-00030.pt", "checkpoints of this run: 10", "to train one: run_vae.py", "--iter_max 30"):
-        assert word in result.stderr
-    assert "--train" not in result.stderr and tree(tmp_path) == before
+def test_four_hundred_steps_on_the_drawn_digits_teach_a_vae_and_a_classifier(script, tmp_path):
+    lines(script("vae", "--iter_max", 400))
+    lines(script("ssvae", "--gw", 0, "--iter_max", 400))
+    assert results(tmp_path, NAMES["vae"])["figures"]["nelbo"] < 180  # the seeds 0 to 2 bring 168 to 172
+    found = results(tmp_path, NAMES["ssvae"].replace("gw=001", "gw=000"))
+    assert found["figures"]["accuracy"] > 0.55  # and 0.60
 
 
 def test_beta_weighs_the_kl_term_and_is_part_of_the_name(script, tmp_path):
@@ -161,37 +167,21 @@ def test_beta_weighs_the_kl_term_and_is_part_of_the_name(script, tmp_path):
     assert float(rows[0]["nelbo"]) == pytest.approx(float(rows[0]["rec"]) + float(rows[0]["kl"]), rel=1e-5)
 
 
-def test_iwae_with_more_samples_needs_no_more_memory(script, tmp_path):
-    script("vae", "--iter_max", 10)
+def test_iwae_with_more_samples_needs_no_more_memory(finished, tmp_path, digits_dir):
+    finished("vae")
     code = (
         "import resource, sys, run_vae; assert run_vae.main(sys.argv[1:]) == 0;"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     peaks = []
     for m in ("1000", "5000"):
-        words = [sys.executable, "-c", code, "--data", "digits", "--iter_max", "10", "--train", "0", "--iw", m]
+        words = [sys.executable, "-c", code, "--data", "digits", "--data_dir", str(digits_dir), "--iter_max", "100"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        words += ["--train", "0", "--iw", m]
         found = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
         assert f"Negative IWAE-{m}:" in found.stdout
         peaks.append(int(found.stdout.split()[-1]))
     assert peaks[1] < peaks[0] * 1.1
-
-
-def test_auto_takes_drawn_digits_where_there_is_no_mnist_and_says_so(script, tmp_path, digits_dir, monkeypatch):
-    place = tmp_path / "no mnist"
-    place.mkdir()
-    digits.load(str(digits_dir), "train", "grey"), digits.load(str(digits_dir), "test", "grey")
-    for stored in digits_dir.glob("drawn-grey-*.npz"):  # drawing them is not what is tested here
-        (place / stored.name).symlink_to(stored)
-    for variable in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens there
-    result = script("vae", "--iter_max", 5, "--data", "auto", "--data_dir", place)
-    assert result.returncode == 0, result.stderr
-    assert "NO MNIST" in result.stdout and "DRAWN DIGITS" in result.stdout
-    assert (tmp_path / "logs" / NAMES["vae"]).is_dir() and not list(place.glob(".download*"))
-    result = script("vae", "--iter_max", 5, "--data", "mnist", "--data_dir", place)
-    assert result.returncode == 2 and "train-images-idx3-ubyte" in result.stderr and "by hand" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_replicates_are_summarised_and_a_failed_run_is_reported(script, tmp_path):
@@ -199,68 +189,593 @@ def test_replicates_are_summarised_and_a_failed_run_is_reported(script, tmp_path
     broken.mkdir(parents=True)
     (broken / "state.pt").write_bytes(b"nothing that can be read")
     result = script("vae", "--iter_max", 20, "--runs", 3)
-    assert result.returncode == 2 and "run=0001" in result.stderr
+    assert "run=0001" in refusal(result)
     summary = json.loads((tmp_path / "logs/model=vae_z=10_data=digits_summary.json").read_text())
     assert summary["runs"] == [0, 2] and len(summary["each"]) == 2
-    values = [figures["nelbo"] for figures in summary["each"]]
+    values = [found["nelbo"] for found in summary["each"]]
     assert summary["figures"]["nelbo"]["mean"] == pytest.approx(sum(values) / 2)
     assert summary["figures"]["nelbo"]["standard_error"] == pytest.approx(abs(values[0] - values[1]) / 2)
 
 
+# Going on, starting over, loading
+
+
+def test_one_piece_equals_parts_bit_for_bit_wherever_it_is_parted(script, tmp_path):
+    """At a row of the table, between two rows, beyond a pass over the images, and with a rest at the end."""
+    whole, parts, large = tmp_path / "whole", tmp_path / "parts", ("--batch_size", 200)  # a pass ends at step 300
+    whole.mkdir(), parts.mkdir()
+    lines(script("vae", "--iter_max", 430, *large, cwd=whole))
+    for stop in (100, 250, 400, 430):
+        lines(script("vae", "--iter_max", stop, "--iter_save", 1000 - stop, *large, cwd=parts))
+        rows = [*range(100, stop + 1, 100), *([stop] if stop % 100 else [])]
+        assert [int(row["step"]) for row in table(parts, NAMES["vae"])] == rows
+    assert checkpoint_steps(whole, "vae") == [430] and checkpoint_steps(parts, "vae") == [100, 250, 400, 430]
+    assert_same_training(whole, parts, "vae", 430)
+
+
+@pytest.mark.parametrize("model", NAMES)
+def test_going_on_equals_never_having_stopped_bit_for_bit(model, finished, script, tmp_path):
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    finished(model)
+    for stop in (40, 100):
+        lines(script(model, "--iter_max", stop, cwd=parts))
+    assert_same_training(tmp_path, parts, model, 100)
+
+
+def assert_same_training(one: Path, two: Path, model: str, step: int) -> None:
+    """Weights, table, moments and random state are equal bit for bit."""
+    assert same(weights(one, NAMES[model], step), weights(two, NAMES[model], step))
+    assert table(one, NAMES[model]) == table(two, NAMES[model])
+    first, second = state(one, NAMES[model]), state(two, NAMES[model])
+    assert first["step"] == second["step"] == step and first["optimizer"].keys() == second["optimizer"].keys()
+    assert all(same(moments, second["optimizer"][number]) for number, moments in first["optimizer"].items())
+    assert same(first["random"], second["random"])
+
+
+def test_the_last_row_is_the_mean_of_the_steps_since_the_one_before(script, tmp_path, monkeypatch):
+    hundreds, tens = tmp_path / "hundreds", tmp_path / "tens"
+    hundreds.mkdir(), tens.mkdir()
+    lines(script("vae", "--iter_max", 130, cwd=hundreds))
+    monkeypatch.setattr(train, "LOG_EVERY", 10)
+    lines(script("vae", "--iter_max", 130, cwd=tens))
+    *_, rest = table(hundreds, NAMES["vae"])
+    fine = [row for row in table(tens, NAMES["vae"]) if int(row["step"]) > 100]
+    assert rest["step"] == "130" and [row["step"] for row in fine] == ["110", "120", "130"]
+    for column in rest.keys() - {"step"}:
+        assert float(rest[column]) == pytest.approx(sum(float(row[column]) for row in fine) / 3, rel=1e-5)
+
+
+def test_the_table_is_brought_up_to_date_between_saves_without_changing_a_bit(script, tmp_path, monkeypatch):
+    seldom, often = tmp_path / "seldom", tmp_path / "often"
+    seldom.mkdir(), often.mkdir()
+    lines(script("vae", "--iter_max", 130, cwd=seldom))
+    seen = {}
+    monkeypatch.setattr(train, "WRITE_EVERY", 0)
+    at_steps(monkeypatch, lambda step: seen.update({step: [row["step"] for row in table(often, NAMES["vae"])]}))
+    lines(script("vae", "--iter_max", 130, cwd=often))
+    assert (seen[1], seen[100], seen[101], seen[130]) == ([], [], ["100"], ["100"])
+    assert_same_training(seldom, often, "vae", 130)
+
+
+def at_steps(monkeypatch, act) -> None:
+    """Call act(step) within every step of a VAE's training, numbered from 1 in each run of a script."""
+    binarize, count = data.binarize, iter(range(1, 10**9))
+
+    def acting(pixels):
+        if len(pixels) == 100:  # a batch, not a block of the test split
+            act(next(count))
+        return binarize(pixels)
+
+    monkeypatch.setattr(data, "binarize", acting)
+
+
+def test_going_on_to_exactly_the_step_of_an_interruption_finishes_the_run(script, tmp_path, monkeypatch):
+    """The checkpoint, the table and the pictures are there, and --train 0 finds them."""
+    stopped, whole, begin = tmp_path / "stopped", tmp_path / "whole", 0
+    stopped.mkdir(), whole.mkdir()
+    for step, number in ((37, signal.SIGINT), (100, signal.SIGTERM), (125, signal.SIGINT)):
+        with monkeypatch.context() as patch:
+            interrupted = step - begin
+            at_steps(patch, lambda at, last=interrupted, n=number: os.kill(os.getpid(), n) if at == last else None)
+            result = script("vae", "--iter_max", 300, cwd=stopped)
+        assert result.returncode == 128 + number
+        assert f"stopped at step {step}, state saved; the same command goes on from there" in result.stderr
+        assert step not in checkpoint_steps(stopped, "vae")
+        trained = lines(script("vae", "--iter_max", step, cwd=stopped))
+        assert step in checkpoint_steps(stopped, "vae")
+        assert {path.name for path in (stopped / "logs" / NAMES["vae"]).glob("*.png")} == PICTURES["vae"]
+        assert [row["step"] for row in table(stopped, NAMES["vae"])][-1] == str(step)
+        loaded = lines(script("vae", "--iter_max", step, "--train", 0, "--iw", 1, cwd=stopped))
+        assert any(f"model-{step:05d}.pt" in line for line in loaded) and trained[-1] in loaded
+        begin = step
+    lines(script("vae", "--iter_max", 125, cwd=whole))
+    assert_same_training(whole, stopped, "vae", 125)
+
+
+def test_a_finished_run_is_evaluated_and_not_trained_again(finished, script, tmp_path):
+    first = finished("vae")
+    before = tree(tmp_path / "checkpoints")
+    again = lines(script("vae", "--iter_max", 100))
+    assert again[-1] == first[-1] and any("trained before" in line for line in again)
+    assert tree(tmp_path / "checkpoints") == before
+
+
+def test_overwrite_starts_over_and_deletes_what_the_run_writes_and_nothing_else(finished, script, tmp_path):
+    logs, checkpoints = (tmp_path / folder / NAMES["fsvae"] for folder in ("logs", "checkpoints"))
+    finished("fsvae")
+    (logs / "results.json").write_text(json.dumps(results(tmp_path, NAMES["fsvae"]) | {"remark": "of the first run"}))
+    own = [logs / name for name in ("my.png", "notes.csv", "mine.json", "samples-mine.png", "metrics.csv.old")]
+    own += [checkpoints / name for name in ("model-best.pt", "best.pt", "notes.txt")]
+    for path in own:
+        path.write_text(f"a user's own {path.name}")
+    lines(script("fsvae", "--iter_max", 6, "--overwrite", 1))
+    assert [path.read_text() for path in own] == [f"a user's own {path.name}" for path in own]
+    written = {path.name for path in checkpoints.iterdir()} - {path.name for path in own}
+    assert written == {"model-00006.pt", "state.pt"} and state(tmp_path, NAMES["fsvae"])["step"] == 6
+    assert {path.name for path in logs.glob("samples*")} == {"samples.png", "samples-0000006.png", "samples-mine.png"}
+    assert "remark" not in results(tmp_path, NAMES["fsvae"])
+    assert [row["step"] for row in table(tmp_path, NAMES["fsvae"])] == ["6"]
+
+
+def test_settings_that_contradict_the_stored_run_are_refused(finished, script, tmp_path):
+    finished("vae")
+    before = tree(tmp_path)
+    line = refusal(script("vae", "--iter_max", 130, "--batch_size", 50))
+    assert "--batch_size" in line and "100, not 50" in line
+    line = refusal(script("vae", "--iter_max", 10))
+    assert "--iter_max" in line and "[60, 100]" in line
+    assert tree(tmp_path) == before
+
+
+OTHER = {"batch_size": 50, "seed": 3}
+FIX_WEIGHTS = {  # every flag that fixes the weights, with another value than the default
+    "vae": OTHER | {"z": 5, "beta": 2.0},
+    "gmvae": OTHER | {"z": 5, "beta": 2.0, "k": 20},
+    "ssvae": OTHER | {"gw": 2, "cw": 50},
+    "fsvae": OTHER | {"split": "train"},
+}
+
+
+@pytest.mark.parametrize("model", NAMES)
+def test_whatever_fixes_the_weights_is_part_of_the_name_or_is_refused_when_changed(model, finished, script, tmp_path):
+    kind = kind_of(model)
+    asked = kind(data="digits", seed=0)
+    assert asked.name == NAMES[model]
+    assert set(asked.settings()) == {"model", "data", *FIX_WEIGHTS[model]}
+    assert kind(data=kind.real_data, seed=0).name == NAMES[model].replace("_data=digits", "")
+    finished(model)
+    assert state(tmp_path, NAMES[model])["settings"] == asked.settings()
+    before = tree(tmp_path)
+    for flag, value in FIX_WEIGHTS[model].items():
+        if kind(**{"data": "digits", "seed": 0, flag: value}).name == NAMES[model]:
+            line = refusal(script(model, "--iter_max", 110, f"--{flag}", value))
+            assert f"argument --{flag}:" in line and f"not {value}" in line
+    assert tree(tmp_path) == before
+
+
+def test_beta_that_the_name_rounds_away_is_refused_when_changed(script, tmp_path):
+    lines(script("vae", "--iter_max", 5, "--beta", "2.00000001"))
+    assert "argument --beta" in refusal(script("vae", "--iter_max", 10, "--beta", 2))
+
+
+def test_what_does_not_fix_the_weights_may_change(finished, script, tmp_path):
+    finished("vae")
+    flags = ("--iter_save", 7, "--device", "cpu", "--check_data", 0, "--iw", 3, "--seed", 0)
+    lines(script("vae", "--iter_max", 114, *flags))
+    assert checkpoint_steps(tmp_path, "vae") == [60, 100, 105, 112, 114]
+    assert json.loads((tmp_path / "logs" / NAMES["vae"] / "config.json").read_text())["iter_max"] == 114
+
+
+def test_runs_and_seeds_give_different_weights_and_the_same_seed_the_same(script, tmp_path):
+    for flags in (["--run", 0], ["--run", 1], ["--run", 2, "--seed", 0]):
+        assert script("vae", "--iter_max", 10, *flags).returncode == 0
+    zero, one, two = (weights(tmp_path, NAMES["vae"].replace("0000", f"000{run}"), 10) for run in range(3))
+    assert same(zero, two) and not same(zero, one)
+
+
+def test_a_state_of_the_older_revision_is_refused_in_one_line_and_its_weights_load(finished, script, tmp_path):
+    trained = finished("vae")
+    path = tmp_path / "checkpoints" / NAMES["vae"] / "state.pt"
+    older = state(tmp_path, NAMES["vae"])
+    assert older.pop("format")
+    torch.save(older, path)
+    before = tree(tmp_path)
+    for steps in (100, 110):
+        line = refusal(script("vae", "--iter_max", steps))
+        assert "state.pt" in line and "revision" in line and "--train 0" in line and "--overwrite 1" in line
+        assert tree(tmp_path) == before
+    assert trained[-1] in lines(script("vae", "--iter_max", 100, "--train", 0, "--iw", 1))
+    assert tree(path.parent) == {Path(name).name: content for name, content in before.items() if name.endswith(".pt")}
+    lines(script("vae", "--iter_max", 10, "--overwrite", 1))
+
+
+# Which data set, and what there is to load
+
+
+def test_loading_without_a_checkpoint_names_it_what_there_is_and_what_to_type(finished, script, tmp_path):
+    finished("vae")
+    before = tree(tmp_path)
+    line = refusal(script("vae", "--iter_max", 30, "--train", 0))
+    for word in ("model-00030.pt", "checkpoints of this run: 60, 100", "to train one: run_vae.py", "--iter_max 30"):
+        assert word in line
+    assert "--train" not in line and tree(tmp_path) == before
+
+
+@pytest.fixture
+def no_download(monkeypatch):
+    def download(run):
+        assert all(path.exists() for path in fetch.files(run)), "nothing should be downloaded here"
+
+    monkeypatch.setattr(fetch, "download", download)
+
+
+@pytest.mark.parametrize("model", NAMES)
+@pytest.mark.parametrize("asked", ["auto", "real"])
+def test_a_missing_checkpoint_is_told_before_anything_is_downloaded(model, asked, main, no_download, tmp_path):
+    real = NAMES[model].replace("_data=digits", "")
+    flags = ["--data", kind_of(model).real_data] if asked == "real" else []
+    line = refusal(main(model, *flags, "--train", 0, "--iter_max", 7))
+    assert f"{real}/model-00007.pt" in line and "checkpoints of this run: none" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def store_vae(name: str, step: int) -> None:
+    torch.manual_seed(0)
+    checkpoint.save_model_by_name(VAE(name=name), step)
+
+
+def test_a_checkpoint_of_the_drawn_digits_is_loaded_without_a_download(
+    main, no_download, digits_dir, tmp_path, monkeypatch
+):
+    only_digits = link_digits(digits_dir, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    store_vae(NAMES["vae"], 7)
+    result = main("vae", "--train", 0, "--iter_max", 7, "--iw", 1, "--data_dir", only_digits)
+    assert re.fullmatch(BOUND, lines(result)[-2]) and "DRAWN DIGITS" in result.stdout
+    line = refusal(main("vae", "--data", "mnist", "--train", 0, "--iter_max", 7, "--data_dir", only_digits))
+    assert "model=vae_z=10_run=0000/model-00007.pt" in line
+
+
+def test_a_checkpoint_of_the_real_data_is_never_evaluated_on_drawn_digits(
+    main, no_network, digits_dir, tmp_path, monkeypatch
+):
+    only_digits = link_digits(digits_dir, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    store_vae("model=vae_z=10_run=0000", 7)
+    result = main("vae", "--train", 0, "--iter_max", 7, "--data_dir", only_digits)
+    assert "t10k-images-idx3-ubyte" in result.stderr.splitlines()[-1] and "by hand" in result.stderr
+    assert result.returncode == 2 and "DRAWN" not in result.stdout and "NELBO" not in result.stdout
+
+
+def link_digits(digits_dir: Path, place: Path) -> Path:
+    """A data folder with the drawn digits alone: drawing them is not what is tested here."""
+    place.mkdir()
+    for stored in digits_dir.glob("drawn-grey-*.npz"):
+        (place / stored.name).symlink_to(stored)
+    return place
+
+
+def test_auto_takes_drawn_digits_where_there_is_no_mnist_and_says_so(main, no_network, digits_dir, tmp_path):
+    place = link_digits(digits_dir, tmp_path / "no mnist")
+    result = main("vae", "--iter_max", 5, "--data_dir", place)
+    assert result.returncode == 0, result.stderr
+    assert "NO MNIST" in result.stdout and "DRAWN DIGITS" in result.stdout
+    assert (tmp_path / "logs" / NAMES["vae"]).is_dir() and not list(place.glob(".download*"))
+    line = refusal(main("vae", "--iter_max", 5, "--data", "mnist", "--data_dir", place))
+    assert "train-images-idx3-ubyte" in line and "by hand" in line
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that nobody can write to")
+def test_a_data_folder_that_cannot_be_written_to_costs_the_real_data_alone(
+    main, no_network, digits_dir, tmp_path, monkeypatch
+):
+    def drawn_before(counts, *_):
+        images = data.drawn_digits(str(digits_dir), "train" if sum(counts) > 10_000 else "test", False)
+        return images.pixels.numpy(), images.labels.numpy()
+
+    monkeypatch.setattr(digits, "draw", drawn_before)
+    result = main("vae", "--iter_max", 5, "--data_dir", "/proc")
+    assert "NO MNIST" in result.stdout and re.fullmatch(BOUND, lines(result)[-1])
+    line = refusal(main("vae", "--iter_max", 5, "--data", "mnist", "--data_dir", "/proc"))
+    assert "by hand" in line and "/proc/MNIST/raw/train-images-idx3-ubyte" in line
+    before = tree(tmp_path)
+    assert "--data_dir" in refusal(main("vae", "--iter_max", 5, "--data_dir", "/proc/nothing"))
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("model", NAMES)
+def test_a_command_line_is_parsed_without_touching_the_data_folder(model, tmp_path, monkeypatch):
+    def forbidden(*_, **__):
+        raise AssertionError("parsing makes and removes nothing")
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("mkdir", "makedirs", "rmdir", "unlink", "open"):
+        monkeypatch.setattr(os, name, forbidden)
+    assert options.parse(kind_of(model), "", [])["data_dir"] == "data"
+    assert options.parse(kind_of(model), "", ["--data_dir", "new"])["data_dir"] == "new"
+    assert list(tmp_path.iterdir()) == []
+
+
+# SVHN: files as they are published, but of drawn colour digits
+
+
+def store_svhn(folder: Path, split: str, each: int, seed: int) -> data.Images:
+    """Write <split>_32x32.mat, rows x columns x channels x images and 10 for the digit 0, and return what is in it."""
+    pixels, labels = digits.draw([each] * 10, seed, True)
+    images = pixels.reshape(-1, 3, 32, 32).transpose(2, 3, 1, 0)
+    savemat(folder / f"{split}_32x32.mat", {"X": images, "y": np.where(labels == 0, 10, labels)[:, None].astype("u1")})
+    return data.Images(torch.from_numpy(pixels), torch.from_numpy(labels))
+
+
+@pytest.fixture(scope="module")
+def svhn_dir(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("svhn")
+
+
+@pytest.fixture(scope="module")
+def svhn(svhn_dir) -> dict[str, data.Images]:
+    """A few hundred images in SVHN's files, and the same images by split."""
+    return {split: store_svhn(svhn_dir, split, each, seed) for seed, (split, each) in enumerate(SVHN_EACH.items(), 5)}
+
+
+SVHN_EACH = {"train": 30, "test": 15}
+
+
+def svhn_bound(folder: Path, split: str, images: data.Images, step: int) -> dict[str, float]:
+    """What evaluation should find of the run's weights on these images."""
+    torch.manual_seed(0)
+    model = FSVAE()
+    model.load_state_dict(weights(folder, f"model=fsvae_split={split}_run=0000", step))
+    return evaluate.conditional_bound(model, images)
+
+
+def test_fsvae_trains_on_svhns_files_and_is_evaluated_on_the_test_split(main, no_download, svhn, svhn_dir, tmp_path):
+    place = tmp_path / "data"
+    place.mkdir()
+    for split in svhn:
+        (place / f"{split}_32x32.mat").symlink_to(svhn_dir / f"{split}_32x32.mat")
+    flags = ("--data", "svhn", "--check_data", 0, "--split", "train", "--data_dir", place, "--iter_max", 20)
+    printed = lines(main("fsvae", *flags))
+    assert re.fullmatch(BOUND, printed[-1])
+    found = results(tmp_path, "model=fsvae_split=train_run=0000")
+    assert found["evaluated_on"] == "test split" and found["data"] == "svhn, train split, files not verified"
+    assert found["figures"] == pytest.approx(svhn_bound(tmp_path, "train", svhn["test"], 20), rel=1e-5)
+    (place / "train_32x32.mat").unlink()
+    assert lines(main("fsvae", *flags, "--train", 0))[-1] == printed[-1]
+
+
+def test_without_a_test_split_fsvaes_figure_says_that_it_is_of_training_images(
+    main, no_network, svhn, svhn_dir, tmp_path
+):
+    place = tmp_path / "data"
+    place.mkdir()
+    (place / "train_32x32.mat").symlink_to(svhn_dir / "train_32x32.mat")
+    flags = ("--check_data", 0, "--split", "train", "--data_dir", place, "--iter_max", 20)
+    printed = lines(main("fsvae", *flags))
+    assert re.match(BOUND, printed[-1]) and "training images" in printed[-1]
+    found = results(tmp_path, "model=fsvae_split=train_run=0000")
+    assert found["evaluated_on"] == "training images"
+    assert found["figures"] == pytest.approx(svhn_bound(tmp_path, "train", svhn["train"], 20), rel=1e-5)
+    assert lines(main("fsvae", *flags, "--train", 0))[-1] == printed[-1]
+
+
+def test_fsvae_trained_on_the_test_split_says_that_it_is_evaluated_on_training_images(
+    main, no_download, svhn, svhn_dir, tmp_path
+):
+    flags = ("--check_data", 0, "--split", "test", "--data_dir", svhn_dir, "--data", "svhn", "--iter_max", 10)
+    printed = lines(main("fsvae", *flags))
+    assert re.match(BOUND, printed[-1]) and "training images" in printed[-1]
+    assert results(tmp_path, "model=fsvae_split=test_run=0000")["evaluated_on"] == "training images"
+    assert lines(main("fsvae", *flags, "--train", 0))[-1] == printed[-1]
+
+
+# Command lines: a frozen Run, help, and what is refused
+
+
+def test_importing_the_scripts_does_nothing_and_loads_neither_torch_nor_numpy(tmp_path):
+    code = "import sys, {}; sys.exit(str({{'torch', 'numpy'}} & set(sys.modules) or ''))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for model in NAMES:
+        words = [sys.executable, "-c", code.format(f"run_{model}")]
+        found = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (found.stdout, found.stderr.strip()) == ("", ""), model
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("model", NAMES)
+def test_help_loads_neither_torch_nor_numpy_and_shows_every_flag_and_how_to_use_torchrun(model, tmp_path):
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as exit: assert not exit.code\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    words = [sys.executable, "-c", code, *command(model, "--help")[1:]]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0 and not found.stderr, found.stderr
+    shown = " ".join(found.stdout.split())
+    for field in fields(kind_of(model)):
+        assert f"--{field.name} " in shown
+    assert "--runs " in shown and f"torchrun --nproc_per_node=2 -- run_{model}.py" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("model", NAMES)
+def test_a_run_cannot_be_changed(model):
+    run = kind_of(model)()
+    for field in fields(run):
+        with pytest.raises(FrozenInstanceError):
+            setattr(run, field.name, getattr(run, field.name))
+    with pytest.raises(FrozenInstanceError):
+        run.group = None
+
+
+def test_a_script_gets_one_settled_run_after_another(tmp_path, monkeypatch, digits_dir):
+    """Frozen ones of its own kind, with data set, device and seed as they are; and the processes."""
+    monkeypatch.chdir(tmp_path)
+    given, before = [], signal.getsignal(signal.SIGTERM)
+    flags = ["--runs", "3", "--run", "5", "--seed", "8", "--z", "4", "--data", "digits", "--iw", "3", "1"]
+    try:
+        launch(kind_of("vae"), lambda run, group: given.append((run, group)) or {"nelbo": 1.0}, "", flags)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    runs = [run for run, _ in given]
+    assert all(type(run) is kind_of("vae") and isinstance(group, Processes) for run, group in given)
+    assert [(run.run, run.seed) for run in runs] == [(5, 8), (6, 9), (7, 10)]
+    assert {(run.z, run.iw, run.data) for run in runs} == {(4, (3, 1), "digits")}
+    assert all(run.device in ("cpu", "cuda", "mps") for run in runs)
+    assert [run.name for run in runs] == [f"model=vae_z=04_data=digits_run=000{number}" for number in (5, 6, 7)]
+
+
+SCRIPTS = tuple(NAMES)
+NO_INTEGER = ("-1", "x", "1.5", "nan", "", "99999999999999999999")
 # Every flag with what it does not take: (script, flags, a word of the line)
 BAD = [
-    ("vae", [f"--{flag}", value], f"--{flag}")
-    for flag in ("z", "iter_max", "iter_save", "batch_size", "run", "runs", "seed", "train", "overwrite", "check_data")
-    for value in ("-1", "x", "1.5", "nan", "", "99999999999999999999")
+    (script, [f"--{flag}", value], f"--{flag}")
+    for flag in ("iter_max", "iter_save", "batch_size", "run", "runs", "seed", "train", "overwrite", "check_data")
+    for script in SCRIPTS
+    for value in NO_INTEGER + (("0",) if flag in ("iter_max", "iter_save", "batch_size", "runs") else ())
 ]
-BAD += [("vae", [f"--{flag}", "0"], f"--{flag}") for flag in ("z", "iter_max", "iter_save", "batch_size", "runs", "iw")]
-BAD += [("vae", ["--beta", value], "--beta") for value in ("-1", "nan", "inf", "x", "", "1e7")]
-BAD += [("gmvae", ["--k", value], "--k") for value in ("0", "-5", "x", "2.5", "1000000000")]
-BAD += [("ssvae", [f"--{flag}", value], f"--{flag}") for flag in ("gw", "cw") for value in ("-1", "x", "0.5", "nan")]
-BAD += [("fsvae", ["--split", value], "--split") for value in ("all", "", "0")]
+BAD += [(script, ["--z", value], "--z") for script in ("vae", "gmvae") for value in (*NO_INTEGER, "0", "10001")]
 BAD += [
-    ("vae", ["--device", "tpu"], "--device"),
-    ("vae", ["--device", ""], "--device"),
-    ("vae", ["--device", "cuda:99"], "--device"),
-    ("vae", ["--data", "svhn"], "--data"),
+    (script, ["--beta", value], "--beta")
+    for script in ("vae", "gmvae")
+    for value in ("-1", "nan", "inf", "-inf", "x", "", "1e7")
+]
+BAD += [
+    (script, ["--iw", *values], "--iw")
+    for script in ("vae", "gmvae")
+    for values in ([], ["0"], ["-1"], ["1.5"], ["x"], [""], ["10", "x"], ["10", "0"], ["10000001"])
+]
+BAD += [("gmvae", ["--k", value], "--k") for value in ("0", "-5", "x", "2.5", "nan", "", "1000000000")]
+BAD += [("ssvae", [f"--{flag}", value], f"--{flag}") for flag in ("gw", "cw") for value in ("1000000", *NO_INTEGER)]
+BAD += [("fsvae", ["--split", value], "--split") for value in ("all", "", "0", "Test")]
+BAD += [
+    (script, ["--device", value], "--device") for script in SCRIPTS for value in ("tpu", "", "cuda:99", "CPU", "meta")
+]
+BAD += [(script, ["--data", value], "--data") for script in SCRIPTS for value in ("", "imagenet", "MNIST")]
+BAD += [(script, ["--data", "svhn"], "--data") for script in ("vae", "gmvae", "ssvae")]
+BAD += [
+    (script, ["--data_dir", value], "--data_dir")
+    for script in SCRIPTS
+    for value in ("", "a_file", "nowhere/at/all", "a_file/data", "/proc/none", "x" * 300, "x" * 2000)
+]
+BAD += [
     ("fsvae", ["--data", "mnist"], "--data"),
-    ("vae", ["--data_dir", ""], "--data_dir"),
     ("vae", ["--data_dir", "a_file"], "a file"),
-    ("vae", ["--data_dir", "nowhere/at/all"], "--data_dir"),
-    ("vae", ["--data_dir", "/proc/none"], "--data_dir"),
     ("vae", ["--z"], "--z"),
-    ("vae", ["--iw"], "--iw"),
-    ("vae", ["--iw", "10", "x"], "--iw"),
     ("vae", ["--train", "2"], "--train"),
     ("vae", ["--train", "0", "--overwrite", "1"], "--overwrite"),
     ("ssvae", ["--gw", "0", "--cw", "0"], "--cw"),
+    ("ssvae", ["--gw", "0", "--cw", "0", "--train", "0"], "--cw"),
     ("vae", ["--k", "5"], "--k"),
     ("vae", ["--gw", "1"], "--gw"),
     ("ssvae", ["--z", "5"], "--z"),
+    ("ssvae", ["--iw", "5"], "--iw"),
     ("fsvae", ["--beta", "1"], "--beta"),
     ("gmvae", ["--no_such_flag", "1"], "--no_such_flag"),
     ("vae", ["--it", "5"], "--it"),
+    ("vae", ["-z", "5"], "-z"),
     ("vae", ["surplus"], "surplus"),
     ("vae", ["--data", "digits", "--train", "0", "--iter_max", "7"], "model-00007.pt"),
+    ("vae", ["--train", "0", "--iter_max", "7"], "model-00007.pt"),
 ]  # fmt: skip
+IN_A_PROCESS = [  # of them, a few through an interpreter of their own
+    ("vae", ["--z", "0"]),
+    ("gmvae", ["--k", "x"]),
+    ("ssvae", ["--cw", "-1"]),
+    ("fsvae", ["--split", "all"]),
+    ("vae", ["--beta", "nan"]),
+    ("gmvae", ["--iw", "10", "x"]),
+    ("vae", ["--device", "tpu"]),
+    ("fsvae", ["--data", "mnist"]),
+    ("ssvae", ["--data_dir", "a_file"]),
+    ("gmvae", ["--no_such_flag", "1"]),
+    ("vae", ["surplus"]),
+    ("ssvae", ["--gw", "0", "--cw", "0"]),
+    ("vae", ["--data", "digits", "--train", "0", "--iter_max", "7"]),
+]
 
 
-@pytest.mark.parametrize("model, flags, word", BAD, ids=[" ".join([model, *flags]) for model, flags, _ in BAD])
-def test_a_bad_command_line_gets_one_line_and_changes_nothing(model, flags, word, tmp_path):
+def shown(flags: list[str]) -> str:
+    return " ".join(flag[:40] for flag in flags)
+
+
+@pytest.mark.parametrize("model, flags, word", BAD, ids=[f"{model} {shown(flags)}" for model, flags, _ in BAD])
+def test_a_bad_command_line_gets_one_line_and_changes_nothing(model, flags, word, main, no_network, tmp_path):
     (tmp_path / "a_file").write_text("not a folder")
-    result = subprocess.run([*command(model), *flags], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 2, result
-    assert len(result.stderr.strip().splitlines()) == 1 and word in result.stderr and not result.stdout
+    result = main(model, *flags)
+    assert word in refusal(result) and not result.stdout
     assert tree(tmp_path) == {"a_file": b"not a folder"} and len(list(tmp_path.iterdir())) == 1
 
 
-def test_there_are_at_least_eighty_bad_command_lines():
-    assert len(BAD) >= 80
+@pytest.mark.parametrize("model, flags", IN_A_PROCESS, ids=[f"{model} {shown(flags)}" for model, flags in IN_A_PROCESS])
+def test_a_process_with_a_bad_command_line_ends_as_its_main_does(model, flags, no_network, tmp_path):
+    (word,) = (word for other, listed, word in BAD if (other, listed) == (model, flags))
+    (tmp_path / "a_file").write_text("not a folder")
+    result = subprocess.run(command(model, *flags), cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert word in refusal(result) and not result.stdout
+    assert tree(tmp_path) == {"a_file": b"not a folder"} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_is_gone_or_cannot_be_written_to_is_told_in_one_line(main, tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    words = ["sh", "-c", 'rmdir "$PWD" && exec "$0" "$@"', *command("vae", "--data", "digits")]
+    refusal(subprocess.run(words, cwd=gone, capture_output=True, text=True))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert "cannot be written to" in refusal(main("vae", "--data", "digits"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("model", NAMES)
+def test_every_flag_of_every_script_has_a_bad_value_in_the_list(model):
+    tried = {flags[0].removeprefix("--") for script, flags, _ in BAD if script == model and len(flags) > 1}
+    assert {field.name for field in fields(kind_of(model))} | {"runs"} <= tried
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
-def test_a_device_that_is_not_there_is_refused(script, tmp_path):
+def test_a_device_that_is_not_there_is_refused_before_anything_is_downloaded(main, no_download, tmp_path):
     for device in ("cuda", "gpu"):
-        result = script("vae", "--device", device)
-        assert result.returncode == 2 and "--device" in result.stderr and len(result.stderr.splitlines()) == 1
+        for flags in ([], ["--data", "digits"], ["--data", "mnist"]):
+            assert "--device" in refusal(main("vae", "--device", device, *flags))
     assert list(tmp_path.iterdir()) == []
+
+
+# Failures are reported for what they are
+
+
+def raising(error):
+    def raise_it(*_, **__):
+        raise error
+
+    return raise_it
+
+
+def test_running_out_of_memory_is_one_line_that_says_what_to_do(finished, script, monkeypatch):
+    finished("vae")
+    cuda = raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"))
+    for allocate in (cuda, lambda *_, **__: torch.empty(2**58), raising(MemoryError())):
+        monkeypatch.setattr(evaluate, "bounds", allocate)
+        result = script("vae", "--iter_max", 100)
+        (line,) = result.stderr.splitlines()
+        assert result.returncode == 1 and "out of memory" in line and "--batch_size" in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later",
+        "Connection closed by peer",
+        "view size is not compatible with input tensor's size; memory format",
+    ],
+)
+def test_any_other_failure_is_reported_in_torchs_words_below_a_traceback(words, finished, script, monkeypatch):
+    finished("vae")
+    monkeypatch.setattr(evaluate, "bounds", raising(RuntimeError(words)))
+    result = script("vae", "--iter_max", 100)
+    assert result.returncode == 1 and "Traceback" in result.stderr and "raise_it" in result.stderr
+    assert result.stderr.splitlines()[-1] == f"run_vae.py: error: {words.splitlines()[0]}"
+    assert "out of memory" not in result.stderr and "died" not in result.stderr

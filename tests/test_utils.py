@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributions as td
+from conftest import Largest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -129,6 +130,42 @@ def test_log_bernoulli_keeps_its_relative_accuracy_where_every_pixel_is_nearly_c
     torch.testing.assert_close(utils.log_bernoulli_with_logits(x, logits).double(), exact, rtol=1e-5, atol=0)
 
 
+def test_the_gradient_of_log_bernoulli_at_logits_of_exactly_zero_is_x_less_a_half():
+    x, logits = torch.tensor([[0.0, 1.0, 0.25], [1.0, 0.0, 0.5]]), torch.zeros(2, 3, requires_grad=True)
+    value = utils.log_bernoulli_with_logits(x, logits)
+    value.sum().backward()
+    assert torch.equal(logits.grad, x - 0.5)
+    torch.testing.assert_close(value, torch.full((2,), -3 * math.log(2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", CASES)
+def test_densities_can_be_transformed_by_torch_func(case, dtype):
+    density, _, arguments = CASES[case]
+    torch.manual_seed(0)
+    values = [value if len(value) == 7 else value[0] for value in arguments(dtype)]
+    axes = tuple(0 if len(value) == 7 else None for value in values)  # a mixture may be shared by the batch
+    torch.testing.assert_close(torch.func.vmap(density, axes)(*values), density(*values))
+    last = values[-1].clone().requires_grad_()
+    density(*values[:-1], last).sum().backward()
+    gradient = torch.func.grad(lambda value: density(*values[:-1], value).sum())(values[-1])
+    torch.testing.assert_close(gradient, last.grad)
+    of_each = torch.func.vmap(torch.func.grad(density, argnums=0), axes)(*values)
+    assert of_each.shape == values[0].shape and of_each.isfinite().all()
+
+
+def test_samples_can_be_transformed_by_torch_func():
+    m, v = seeded_gaussian(7, 5)
+    drawn = torch.func.vmap(utils.sample_gaussian, randomness="different")(m, v)
+    assert drawn.shape == (7, 5) and len(drawn.unique()) == 35
+    h = torch.randn(7, 6)
+    torch.testing.assert_close(torch.func.vmap(utils.gaussian_parameters)(h), utils.gaussian_parameters(h))
+    of_each = torch.func.vmap(lambda row: utils.log_mean_exp(row, 0))(h)
+    torch.testing.assert_close(of_each, utils.log_mean_exp(h, 1))
+    of_v = torch.func.grad(lambda v: utils.sample_gaussian(m, v).sum())(v)
+    assert of_v.shape == v.shape and of_v.all()
+
+
 def test_gradients_agree_with_finite_differences():
     torch.manual_seed(0)
     x, logits = torch.rand(4, 3, dtype=torch.float64), torch.randn(2, 4, 3, dtype=torch.float64)
@@ -146,15 +183,6 @@ def test_a_shared_mixture_stays_accurate_when_variances_are_tiny():
 
 
 def test_a_shared_mixture_makes_no_tensor_of_all_pairs_and_dimensions():
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            tensors = out if isinstance(out, tuple | list) else [out]
-            self.elements = max([self.elements, *(t.numel() for t in tensors if isinstance(t, torch.Tensor))])
-            return out
-
     z, m = torch.randn(100, 10, requires_grad=True), torch.randn(1, 500, 10, requires_grad=True)
     with Largest() as largest:
         utils.log_normal_mixture(z, m, torch.rand(1, 500, 10) + 0.1).sum().backward()

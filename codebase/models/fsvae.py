@@ -30,10 +30,10 @@ class FSVAE(nn.Module):
         normalising constant 3072/2 log(2 pi / 10) and so may be negative.
         """
         qm, qv = self.enc(x, y)
-        kl_z = utils.kl_normal(qm, qv, self.z_prior_m, self.z_prior_v).mean()
-        mean = self.dec(utils.sample_gaussian(qm, qv), y)
-        rec = -utils.log_normal(x, mean, torch.full_like(mean[:1, :1], self.x_var)).mean()
-        return kl_z + rec, kl_z, rec
+        z = utils.sample_gaussian(qm, qv)
+        kl_z = utils.kl_normal(qm, qv, self.z_prior_m, self.z_prior_v)  # (batch,)
+        rec = -utils.log_normal(x, self.dec(z, y), x.new_tensor(self.x_var))  # (batch,)
+        return (kl_z + rec).mean(), kl_z.mean(), rec.mean()
 
     def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss, -ELBO, and its terms by name."""

@@ -25,6 +25,10 @@ class GMVAE(BinaryVAE):
     def log_prior(self, z: Tensor) -> Tensor:
         return utils.log_normal_mixture(z, *self.prior())
 
+    def kl(self, qm: Tensor, qv: Tensor, z: Tensor) -> Tensor:
+        log_q_z, log_p_z = utils.log_normal(z, qm, qv), self.log_prior(z)
+        return log_q_z - log_p_z
+
     def sample_z(self, batch: int) -> Tensor:
         m, v = self.prior()
         component = torch.multinomial(self.pi, batch, replacement=True)

@@ -35,16 +35,16 @@ class SSVAE(nn.Module):
         """
         log_q_y = F.log_softmax(self.cls(x), -1)
         q_y = log_q_y.exp()  # (batch, 10)
-        kl_y = utils.kl_cat(q_y, log_q_y, torch.full_like(log_q_y, -math.log(self.y_dim)))
+        kl_y = utils.kl_cat(q_y, log_q_y, torch.full_like(log_q_y, -math.log(self.y_dim)))  # (batch,)
 
         y = torch.eye(self.y_dim, dtype=x.dtype, device=x.device).unsqueeze(1)  # (10, 1, 10): label first
         qm, qv = self.enc(x, y)  # (10, batch, z_dim)
         z = utils.sample_gaussian(qm, qv)
-        kl_z = utils.kl_normal(qm, qv, self.z_prior_m, self.z_prior_v)  # (10, batch)
-        rec = -utils.log_bernoulli_with_logits(x, self.dec(z, y))
+        kl_z_given_y = utils.kl_normal(qm, qv, self.z_prior_m, self.z_prior_v)  # (10, batch)
+        log_p_x = utils.log_bernoulli_with_logits(x, self.dec(z, y))  # (10, batch)
 
-        kl_y, kl_z, rec = kl_y.mean(), (q_y.T * kl_z).sum(0).mean(), (q_y.T * rec).sum(0).mean()
-        return kl_y + kl_z + rec, kl_z, kl_y, rec
+        kl_z, rec = (q_y.T * kl_z_given_y).sum(0), -(q_y.T * log_p_x).sum(0)  # (batch,)
+        return (kl_y + kl_z + rec).mean(), kl_z.mean(), kl_y.mean(), rec.mean()
 
     def classification_cross_entropy(self, x: Tensor, y: Tensor) -> Tensor:
         """-log q(y | x) in nats, averaged over the batch."""
@@ -58,10 +58,8 @@ class SSVAE(nn.Module):
         logits, labels = self.cls(xl), yl.argmax(-1)
         ce = F.cross_entropy(logits, labels)
         acc = (logits.argmax(-1) == labels).to(ce.dtype).mean()
-        loss, nelbo, kl_z, kl_y, rec = self.class_weight * ce, *4 * [torch.zeros_like(ce)]
-        if self.gen_weight:
-            nelbo, kl_z, kl_y, rec = self.negative_elbo_bound(x)
-            loss = loss + self.gen_weight * nelbo
+        nelbo, kl_z, kl_y, rec = self.negative_elbo_bound(x) if self.gen_weight else 4 * [torch.zeros_like(ce)]
+        loss = self.gen_weight * nelbo + self.class_weight * ce
         terms = {"train/loss": loss, "gen/elbo": -nelbo, "gen/kl_z": kl_z, "gen/kl_y": kl_y, "gen/rec": rec}
         return loss, {**terms, "class/ce": ce, "class/acc": acc}
 

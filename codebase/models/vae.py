@@ -1,5 +1,7 @@
 """The VAE of problem 1, and what it shares with the GMVAE: a binary decoder, the ELBO and the IWAE bound."""
 
+import operator
+
 import torch
 from torch import Tensor, nn
 
@@ -8,9 +10,11 @@ from codebase.models import nns
 
 
 class BinaryVAE(nn.Module):
-    """p(z) p(x | z) on binary pixels with q(z | x) a diagonal Gaussian; a subclass brings the prior p(z).
+    """p(z) p(x | z) on binary pixels with q(z | x) a diagonal Gaussian; a subclass brings the prior p(z), as
 
-    Images x are (batch, 784) with values in {0, 1}; all bounds are scalars in nats, averaged over the batch.
+    log_prior(z), log p(z) of z (..., z_dim); kl(qm, qv, z), KL(q(z | x) || p(z)) per image, in closed form or estimated
+    at z ~ q; sample_z(batch), draws (batch, z_dim) from the prior. Images x are (batch, 784) with values in {0, 1}; all
+    bounds are scalars in nats, averaged over the batch.
     """
 
     def __init__(self, z_dim: int, name: str, beta: float):
@@ -19,22 +23,6 @@ class BinaryVAE(nn.Module):
         self.enc = nns.Encoder(z_dim)
         self.dec = nns.Decoder(z_dim)
 
-    def log_prior(self, z: Tensor) -> Tensor:
-        """log p(z): (..., z_dim) to (...)."""
-        raise NotImplementedError
-
-    def log_ratio(self, z: Tensor, qm: Tensor, qv: Tensor) -> Tensor:
-        """log q(z | x) - log p(z) per example: KL(q(z | x) || p(z)) by Monte Carlo, at z ~ q."""
-        return utils.log_normal(z, qm, qv) - self.log_prior(z)
-
-    def closed_kl(self, qm: Tensor, qv: Tensor) -> Tensor | None:
-        """KL(q(z | x) || p(z)) per example, where it has a closed form."""
-        return None
-
-    def sample_z(self, batch: int) -> Tensor:
-        """Draw from the prior: (batch, z_dim)."""
-        raise NotImplementedError
-
     def negative_elbo_bound(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-ELBO(x) = KL(q(z | x) || p(z)) - E_q log p(x | z), with one sample of z per image.
 
@@ -42,33 +30,35 @@ class BinaryVAE(nn.Module):
         """
         qm, qv = self.enc(x)
         z = utils.sample_gaussian(qm, qv)
-        closed = self.closed_kl(qm, qv)
-        kl = (self.log_ratio(z, qm, qv) if closed is None else closed).mean()
-        rec = -utils.log_bernoulli_with_logits(x, self.dec(z)).mean()
-        return kl + rec, kl, rec
+        kl = self.kl(qm, qv, z)  # (batch,)
+        rec = -utils.log_bernoulli_with_logits(x, self.dec(z))  # (batch,)
+        return (kl + rec).mean(), kl.mean(), rec.mean()
 
-    def importance(self, x: Tensor, iw: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The terms of the bounds at iw samples z ~ q(z | x) of each image, x being encoded once.
+    def log_densities(self, x: Tensor, qm: Tensor, qv: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log p(x | z), log p(z) and log q(z | x) in nats at z (iw, batch, z_dim), q being N(qm, qv): (iw, batch) each.
 
-        Returns log_w = log p(x, z) - log q(z | x), kl as the ELBO has it and rec = -log p(x | z), each (iw, batch).
-        Raises ValueError for iw < 1.
+        The importance weight of a sample (Burda et al. 2016, equation 8) is log_p_x + log_p_z - log_q_z.
         """
-        if not isinstance(iw, int) or iw < 1:
-            raise ValueError(f"iw must be a whole number of samples, at least 1, not {iw!r}")
-        qm, qv = self.enc(x)
-        z = utils.sample_gaussian(qm.expand(iw, *qm.shape), qv)
-        rec = -utils.log_bernoulli_with_logits(x, self.dec(z))
-        log_ratio, closed = self.log_ratio(z, qm, qv), self.closed_kl(qm, qv)
-        return -log_ratio - rec, log_ratio if closed is None else closed.expand_as(rec), rec
+        log_p_x = utils.log_bernoulli_with_logits(x, self.dec(z))
+        return log_p_x, self.log_prior(z), utils.log_normal(z, qm, qv)
 
     def negative_iwae_bound(self, x: Tensor, iw: int) -> tuple[Tensor, Tensor, Tensor]:
         """-L_iw(x) = -E log (1/iw) sum_i p(x, z_i) / q(z_i | x), differentiable through the weights.
 
         Returns niwae, kl, rec; kl + rec is the sampled -ELBO of the same z, equal to niwae at iw = 1, never below.
-        Raises ValueError for iw < 1. Source: Burda et al. 2016, equation 8.
+        Raises ValueError where iw is no whole number or below 1. Source: Burda et al. 2016, equation 8.
         """
-        log_w, _, rec = self.importance(x, iw)
-        return -utils.log_mean_exp(log_w, 0).mean(), -(log_w + rec).mean(), rec.mean()
+        try:
+            samples = operator.index(iw)
+        except TypeError:
+            samples = 0
+        if samples < 1:
+            raise ValueError(f"iw must be a whole number of samples, at least 1, not {iw!r}")
+        qm, qv = self.enc(x)
+        z = utils.sample_gaussian(qm.expand(samples, *qm.shape), qv)
+        log_p_x, log_p_z, log_q_z = self.log_densities(x, qm, qv, z)
+        niwae = -utils.log_mean_exp(log_p_x + log_p_z - log_q_z, 0)  # (batch,)
+        return niwae.mean(), (log_q_z - log_p_z).mean(), -log_p_x.mean()
 
     def loss(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Training loss rec + beta * kl (Higgins et al. 2017) and the terms of the true bound, by name."""
@@ -98,7 +88,7 @@ class BinaryVAE(nn.Module):
 
 
 class VAE(BinaryVAE):
-    """Standard normal prior."""
+    """Standard normal prior, whose KL has a closed form."""
 
     def __init__(self, z_dim: int = 10, name: str = "vae", beta: float = 1.0):
         super().__init__(z_dim, name, beta)
@@ -108,9 +98,8 @@ class VAE(BinaryVAE):
     def log_prior(self, z: Tensor) -> Tensor:
         return utils.log_normal(z, self.z_prior_m, self.z_prior_v)
 
-    def closed_kl(self, qm: Tensor, qv: Tensor) -> Tensor:
+    def kl(self, qm: Tensor, qv: Tensor, z: Tensor) -> Tensor:
         return utils.kl_normal(qm, qv, self.z_prior_m, self.z_prior_v)
 
     def sample_z(self, batch: int) -> Tensor:
-        m = self.z_prior_m.expand(batch, self.z_dim)
-        return utils.sample_gaussian(m, self.z_prior_v)
+        return utils.sample_gaussian(self.z_prior_m.expand(batch, self.z_dim), self.z_prior_v)

@@ -1,0 +1,131 @@
+"""From flags to a frozen Run. Standard library only: --help and a bad command line are answered before torch loads."""
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from codebase.runtime.files import UsageError, require
+
+
+def number(kind: type, low: int, high: int) -> Callable[[str], int | float]:
+    """A check for numbers of a kind, int or float, from low to high."""
+
+    def check(text: str) -> int | float:
+        try:
+            value = kind(text) if text.isascii() and not set(text) & set(" _+") else None
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"takes {what} from {low} to {high}, not {text[:40]!r}")
+        return value
+
+    return check
+
+
+def folder(text: str) -> str:
+    """A check for a folder, or a name for a new one in a folder that is there; nothing is made yet."""
+    path = Path(text)
+    try:
+        there, is_folder, parent = path.exists(), path.is_dir(), os.path.isdir(path.parent)
+    except (OSError, ValueError):  # a name that is too long, or holds what a name cannot hold
+        there, is_folder, parent = False, False, False
+    if not text or not (there or parent):
+        raise argparse.ArgumentTypeError(f"takes a folder, and {text[:40]!r} neither exists nor can be made")
+    if there and not is_folder:
+        raise argparse.ArgumentTypeError(f"takes a folder, and {text} is a file")
+    return text
+
+
+SWITCH = number(int, 0, 1)
+
+
+def flag(default: Any, check: Callable | list[str], text: str, *, weights: bool = False) -> Any:
+    """A field of a Run that is a flag: its default, its check or its choices, and its line in --help.
+
+    weights: whether it fixes the weights of a run, so that going on with another value is refused. A default that is
+    a tuple makes a flag that takes several values.
+    """
+    return field(default=default, metadata={"check": check, "text": text, "weights": weights})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of a script: what its flags say, with data set, device and seed settled. A script adds its own flags."""
+
+    model: ClassVar[str]
+    real_data: ClassVar[str] = "mnist"
+
+    iter_max: int = flag(20_000, number(int, 1, 10**9), "training steps; with --train 0, the checkpoint to load")
+    iter_save: int = flag(10_000, number(int, 1, 10**9), "steps between checkpoints")
+    batch_size: int = flag(100, number(int, 1, 60_000), "images per step, over all processes together", weights=True)
+    run: int = flag(0, number(int, 0, 999_999), "number of the run, part of its name")
+    seed: int | None = flag(None, number(int, 0, 2**31), "seed of everything random, or the run's number", weights=True)
+    train: int = flag(1, SWITCH, "1 trains (or goes on, or evaluates what is finished), 0 loads and evaluates")
+    overwrite: int = flag(0, SWITCH, "1 starts over and deletes what the run has stored")
+    device: str = flag("auto", ["auto", "cpu", "cuda", "gpu", "mps"], "where to compute")
+    data: str = flag("auto", ["auto", "", "digits"], "auto: the real data set, or else drawn digits", weights=True)
+    data_dir: str = flag("data", folder, "folder of the data sets")
+    check_data: int = flag(1, SWITCH, "0 accepts data files that are not the published ones")
+
+    def __post_init__(self):
+        trains = "argument --overwrite: 1 trains anew and --train 0 does not train; give one of them"
+        require(self.train or not self.overwrite, trains)
+
+    def stem(self) -> str:
+        """The model, and what of its settings tells runs apart: the first part of the run's name."""
+        raise NotImplementedError
+
+    @property
+    def series(self) -> str:
+        """The run's name without its number."""
+        return f"model={self.stem()}" + ("_data=digits" if self.data == "digits" else "")
+
+    @property
+    def name(self) -> str:
+        return f"{self.series}_run={self.run:04d}"
+
+    def settings(self) -> dict[str, Any]:
+        """What fixes the weights, besides the number of steps."""
+        made = {item.name: getattr(self, item.name) for item in fields(self) if item.metadata["weights"]}
+        return {"model": self.model} | made
+
+
+def parse(kind: type[Run], description: str, argv: list[str] | None) -> dict[str, Any]:
+    """Parse and check a command line for runs of that kind; a wrong one ends the program with one line, exit code 2."""
+
+    def error(message: str) -> None:
+        speak = os.environ.get("RANK", "0") == "0"  # one line, by one process
+        parser.exit(2, f"{parser.prog}: error: {message} (see {parser.prog} --help)\n" if speak else None)
+
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.error = error
+    together = f"Several processes: torchrun --nproc_per_node=2 -- {parser.prog}"
+    parser.epilog = f"Files go to checkpoints/ and logs/ here. {together}"
+    common = {item.name for item in fields(Run)}
+    for item in sorted(fields(kind), key=lambda item: item.name in common):  # the script's own first
+        check, default, several = item.metadata["check"], item.default, isinstance(item.default, tuple)
+        words = {"type": check, "metavar": "DIR" if check is folder else "N"}
+        if isinstance(check, list):
+            words = {"choices": [choice or kind.real_data for choice in check]}
+        shown = f" (default: {' '.join(map(str, default)) if several else default})" if default is not None else ""
+        words |= {"nargs": "+"} if several else {}
+        parser.add_argument(f"--{item.name}", default=default, help=item.metadata["text"] + shown, **words)
+    text = "number of runs, from --run on, and a summary of them (default: 1)"
+    parser.add_argument("--runs", default=1, metavar="N", type=number(int, 1, 1_000), help=text)
+    values = vars(parser.parse_args(argv))
+    try:
+        here = os.access(os.getcwd(), os.W_OK)
+    except OSError:  # it was removed
+        here = False
+    if not here:
+        parser.error("this folder cannot be written to: checkpoints/ and logs/ are made here; change to another")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    try:
+        kind(**{name: value for name, value in values.items() if name != "runs"})
+    except UsageError as contradiction:
+        parser.error(str(contradiction))
+    return values

@@ -254,7 +254,8 @@ def test_the_table_is_brought_up_to_date_between_saves_without_changing_a_bit(sc
     monkeypatch.setattr(train, "WRITE_EVERY", 0)
     at_steps(monkeypatch, lambda step: seen.update({step: [row["step"] for row in table(often, NAMES["vae"])]}))
     lines(script("vae", "--iter_max", 130, cwd=often))
-    assert (seen[1], seen[100], seen[101], seen[130]) == ([], [], ["100"], ["100"])
+    assert (seen[1], seen[2], seen[100], seen[101]) == ([], ["1"], ["99"], ["100"])  # within a row, too
+    assert seen[130] == ["100", "129"]
     assert_same_training(seldom, often, "vae", 130)
 
 

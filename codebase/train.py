@@ -95,13 +95,15 @@ class Training:
             raise RunError(f"{terms} not finite at step {self.step}: training stopped, the last checkpoint is kept")
         return {COLUMNS[name]: 0.0 - mean if name == "gen/elbo" else mean for name, mean in means.items()}
 
-    def row(self) -> list[float]:
-        """The row of the table that ends at this step."""
-        return [self.step, *self.means().values(), round(time.monotonic() - self.began, 3)]
+    def row(self, means: dict[str, float]) -> list[float]:
+        """The row of the table that ends at this step, with these means."""
+        return [self.step, *means.values(), round(time.monotonic() - self.began, 3)]
 
     def save_table(self) -> None:
         """Write metrics.csv; a row that is not closed yet comes last."""
-        lines = [["step", *map(COLUMNS.get, self.names), "seconds"], *self.rows] + ([self.row()] if self.since else [])
+        lines = [["step", *map(COLUMNS.get, self.names), "seconds"], *self.rows] + (
+            [self.row(self.means())] if self.since else []
+        )
         cells = ([f"{value:.10g}" if isinstance(value, float) else str(value) for value in line] for line in lines)
         write(log_dir(self.run.name) / "metrics.csv", "".join(",".join(line) + "\n" for line in cells))
 
@@ -170,9 +172,10 @@ def fit(
             progress.update()
 
             if training.step % LOG_EVERY == 0:
-                shown = {name: f"{mean:.2f}" for name, mean in training.means().items() if name != "nelbo" and mean}
+                means = training.means()
+                shown = {name: f"{mean:.2f}" for name, mean in means.items() if name != "nelbo" and mean}
                 progress.set_postfix(shown, refresh=False)
-                training.rows.append(training.row())
+                training.rows.append(training.row(means))
                 training.since, training.sums = 0, torch.zeros_like(training.sums)
             if training.step % run.iter_save == 0 or training.step == run.iter_max or stop:
                 training.check()

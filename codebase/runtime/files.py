@@ -1,4 +1,4 @@
-"""Files that must survive: where a run's files lie, atomic writing, one process per run, and what can go wrong."""
+"""Files that must survive: where a run's files lie, atomic writing, and what can go wrong."""
 
 import json
 import os

@@ -4,6 +4,7 @@ A glyph is kept as its signed distance field. Every image samples one at positio
 shifted and smoothly bent, and inks what lies within a stroke's width of the outline.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-VERSION = 2  # raise it when the pictures change: the stored copies are named after it
+VERSION = 3  # raise it when the pictures change: the stored copies are named after it
 FONTS = "DejaVuSans DejaVuSans-Oblique DejaVuSerif-Italic STIXGeneralItalic STIXGeneral cmss10 cmtt10 cmmi10".split()
 FIELD = 64  # a field has FIELD x FIELD points; a glyph is GLYPH points high
 GLYPH = 40
@@ -42,22 +43,13 @@ def fields() -> Tensor:
     return torch.tensor(np.stack(found), dtype=torch.float32)
 
 
-class Chance:
-    """Uniform random numbers from a stream of their own, for n images."""
-
-    def __init__(self, n: int, seed: int):
-        self.n, self.stream = n, torch.Generator().manual_seed(seed)
-
-    def __call__(self, low: float, high: float, *shape: int) -> Tensor:
-        """(n, *shape) numbers in [low, high)."""
-        return low + (high - low) * torch.rand(self.n, *shape, generator=self.stream)
-
-    def whole(self, count: int) -> Tensor:
-        """(n,) whole numbers from 0 to count - 1."""
-        return torch.randint(count, (self.n,), generator=self.stream)
+def uniform(n: int, seed: int) -> Callable[..., Tensor]:
+    """A random stream of its own: uniform(n, seed)(low, high, *shape) draws (n, *shape) numbers in [low, high)."""
+    stream = torch.Generator().manual_seed(seed)
+    return lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=stream)
 
 
-def ink(fields: Tensor, labels: Tensor, chance: Chance, side: int, height: tuple[float, float]) -> Tensor:
+def ink(fields: Tensor, labels: Tensor, chance: Callable, side: int, height: tuple[float, float]) -> Tensor:
     """How much of each pixel a digit covers, (n, side, side) in [0, 1]; height: of the glyphs, in pixels."""
     pixel = GLYPH / chance(*height, 1, 1)  # field points per pixel
     at = torch.arange(side) - (side - 1) / 2
@@ -67,25 +59,24 @@ def ink(fields: Tensor, labels: Tensor, chance: Chance, side: int, height: tuple
     turn = chance(-0.22, 0.22, 1, 1)
     x, y = x - turn * y, y + turn * x
     x = (x + chance(-0.15, 0.45, 1, 1) * y) / chance(0.8, 1.25, 1, 1)
-    glyph = fields[10 * chance.whole(len(FONTS)) + labels].unsqueeze(1)
+    glyph = fields[10 * chance(0, len(FONTS)).long() + labels].unsqueeze(1)
     where = torch.stack([x, y], -1) / (FIELD / 2)  # -1 ... 1
     distance = F.grid_sample(glyph, where, padding_mode="border", align_corners=False).squeeze(1)
     stroke = chance(-0.1, 1.5, 1, 1)  # how far ink spreads beyond the outline
     return ((stroke - distance) / pixel + 0.5).clamp(0, 1)
 
 
-def grey(fields: Tensor, labels: Tensor, seed: int) -> Tensor:
+def grey(fields: Tensor, labels: Tensor, chance: Callable) -> Tensor:
     """Grey digits like MNIST's, (n, 784) in [0, 1]."""
-    return ink(fields, labels, Chance(len(labels), seed), 28, (17.5, 21.5)).flatten(1)
+    return ink(fields, labels, chance, 28, (17.5, 21.5)).flatten(1)
 
 
-def colour(fields: Tensor, labels: Tensor, seed: int) -> Tensor:
+def colour(fields: Tensor, labels: Tensor, chance: Callable) -> Tensor:
     """Colour digits like SVHN's, (n, 3072) in [0, 1], channel-major: gradients, neighbours, blur and noise."""
-    chance = Chance(len(labels), seed)
     cover = ink(fields, labels, chance, 32, (20, 27))
     for direction in (-1, 1):  # about half of the images have a neighbour on each side, cut by the border
-        beside = ink(fields, chance.whole(10), chance, 32, (20, 27))
-        column = torch.arange(32) - direction * (16 + chance.whole(6))[:, None]
+        beside = ink(fields, chance(0, 10).long(), chance, 32, (20, 27))
+        column = torch.arange(32) - direction * (16 + chance(0, 6).long())[:, None]
         there = (column >= 0) & (column < 32) & (chance(0, 1, 1) < 0.5)
         moved = beside.gather(2, column.clamp(0, 31)[:, None].expand_as(beside))
         cover = cover.maximum(moved * there[:, None])
@@ -105,5 +96,5 @@ def draw(counts: list[int], seed: int, in_colour: bool) -> tuple[np.ndarray, np.
     labels = torch.arange(10).repeat_interleave(torch.tensor(counts))
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
     shapes, paint = fields(), colour if in_colour else grey
-    blocks = (paint(shapes, block, seed * 2**20 + i) for i, block in enumerate(labels.split(1000)))
+    blocks = (paint(shapes, block, uniform(len(block), seed * 2**20 + i)) for i, block in enumerate(labels.split(1000)))
     return torch.cat([(block * 255).round().to(torch.uint8) for block in blocks]).numpy(), labels.numpy()

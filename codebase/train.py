@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad
 from tqdm import tqdm
 
 from codebase import checkpoint
 from codebase.runtime import report
-from codebase.runtime.device import random_state, set_random_state
+from codebase.runtime.device import compile_graph, plain_because, random_state, set_random_state
 from codebase.runtime.files import RunError, Stopped, log_dir, model_path, write
 from codebase.runtime.options import Run
 from codebase.runtime.processes import Processes
@@ -26,6 +27,7 @@ PIECE = 1000  # images that go through the model at once
 COLUMNS = {"train/loss": "loss", "gen/elbo": "nelbo", "gen/kl_z": "kl", "gen/kl_y": "kl_y", "gen/rec": "rec"}
 COLUMNS |= {"class/ce": "ce", "class/acc": "acc"}  # of metrics.csv, which shows what goes down
 Batch = Callable[[Tensor], tuple[tuple, tuple]]
+Gradient = Callable[..., dict[str, Tensor]]
 OnSave = Callable[[int], Any]
 
 
@@ -46,24 +48,76 @@ def order(n: int, batch_size: int, seed: int, start: int, device: str) -> Iterat
         ahead = torch.cat([ahead[whole:], shuffled(epoch)])
 
 
-def backward(model: nn.Module, batch: Batch, index: Tensor, group: Processes) -> tuple[list[str], Tensor]:
+def add_gradient(model: nn.Module, share: float, *tensors: Tensor) -> dict[str, Tensor]:
+    """Add the gradient of share * model.loss(*tensors) to the parameters' grad; return the loss's terms by name."""
+    loss, terms = model.loss(*tensors)
+    (loss * share).backward()
+    return terms
+
+
+def compiled_gradient(model: nn.Module, device: str, *tensors: Tensor) -> Gradient:
+    """add_gradient with forward and backward compiled into one graph; tensors: an example of what model.loss takes."""
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad(model.loss(*tensors)[0], list(parameters.values()), allow_unused=True)
+    used = [name for name, gradient in zip(parameters, found, strict=True) if gradient is not None]
+    values = {name: parameters[name].detach() for name in used}  # of the same memory, so always of the last step
+    graph = compile_graph(grad(lambda values, *tensors: functional_call(model, values, tensors), has_aux=True), device)
+
+    def add(model: nn.Module, share: float, *tensors: Tensor) -> dict[str, Tensor]:
+        gradients, terms = graph(values, *tensors)
+        for name, gradient in gradients.items():
+            parameter, gradient = parameters[name], gradient if share == 1 else share * gradient
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return terms
+
+    return add
+
+
+def choose_gradient(model: nn.Module, batch: Batch, run: Run, group: Processes, before: bool | None) -> Gradient:
+    """add_gradient, compiled where --compile wants it and it works, and a line that says so.
+
+    before: whether the last steps of a training that goes on were compiled, which auto keeps to; None of a new one.
+    """
+    why = plain_because(run.compile, run.iter_max, run.device, group.size)
+    if before is not None and run.compile == "auto" and group.size == 1:
+        why = "" if before else "as its last steps"
+    add, random, began = add_gradient, random_state(), time.monotonic()
+    if not why:
+        print("compiling the step: about 20 s, or 3 s where it is stored from an earlier run", flush=True)
+        try:
+            first = torch.zeros(run.batch_size, dtype=torch.int64, device=run.device)
+            inputs, shared = batch(first[:PIECE])
+            add = compiled_gradient(model, run.device, *inputs, *shared)
+            backward(model, batch, first, group, add)
+        except Exception as error:
+            why = f"compiling failed: {type(error).__name__}: {(str(error).strip() or ' ').splitlines()[0]}"
+            add = add_gradient
+        model.zero_grad()
+        set_random_state(random)
+    print(f"steps: plain ({why})" if why else f"steps: compiled, in {time.monotonic() - began:.1f} s")
+    if before not in (None, not why):
+        print(f"the last steps were {'compiled' if before else 'plain'}: the bits will differ from a run in one piece")
+    return add
+
+
+def backward(
+    model: nn.Module, batch: Batch, index: Tensor, group: Processes, add: Gradient = add_gradient
+) -> tuple[list[str], Tensor]:
     """Add the gradient of the loss on the images at index to the parameters' grad; return the loss's terms by name.
 
     batch(index) is what model.loss takes: a tuple with a row per image, and a tuple shared by all images. More than
     1,000 images go through the model in equal pieces of at most that: time grows with the batch, not memory. Of
-    several processes each does its rows of every piece.
+    several processes each does its rows of every piece. add: add_gradient, or the same compiled.
     """
     inputs, shared = batch(index)
-    terms = torch.zeros((), device=index.device)
+    sums = torch.zeros((), device=index.device)
     for piece in zip(*(value.tensor_split(math.ceil(len(index) / PIECE)) for value in inputs), strict=True):
         rows = group.rows(len(piece[0]))
         share = (rows.stop - rows.start) / len(index)  # of the batch's images
         with group.noise(len(piece[0])):
-            loss, found = model.loss(*(value[rows] for value in piece), *shared)
-        (loss * share).backward()
-        with torch.no_grad():
-            terms = terms + share * torch.stack(list(found.values()))
-    return list(found), terms
+            terms = add(model, share, *(value[rows] for value in piece), *shared)
+        sums = sums + share * torch.stack(list(terms.values())).detach()
+    return list(terms), sums
 
 
 class Training:
@@ -75,6 +129,7 @@ class Training:
         self.step, self.names, self.rows = state["step"] if state else 0, table.get("names", []), table.get("rows", [])
         self.since, self.sums = table.get("since", 0), torch.tensor(table.get("sums", 0.0))  # steps since the last row
         self.began = time.monotonic() - table.get("seconds", 0.0)
+        self.compiled = bool(state and state.get("compiled"))  # whether the last steps were
         if state:
             model.load_state_dict(state["model"])
             groups = self.optimizer.state_dict()["param_groups"]  # of this device, not of the one it comes from
@@ -122,7 +177,13 @@ class Training:
             checkpoint.save_model_by_name(self.model, self.step)
         table = {"names": self.names, "rows": self.rows, "since": self.since, "sums": self.sums.tolist()}
         table |= {"seconds": time.monotonic() - self.began}
-        state = {"step": self.step, "settings": self.run.settings(), "table": table, "random": random_state()}
+        state = {
+            "step": self.step,
+            "settings": self.run.settings(),
+            "compiled": self.compiled,
+            "table": table,
+            "random": random_state(),
+        }
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"]}
         checkpoint.save_state(self.run.name, state)
 
@@ -156,6 +217,9 @@ def fit(
     SIGINT and SIGTERM, once the state is saved, and RunError where a loss or a weight is not finite.
     """
     training, stop, written = Training(model, run, state, on_save), 0, time.monotonic()
+    if training.step < run.iter_max:
+        add = choose_gradient(model, batch, run, group, training.compiled if training.step else None)
+        training.compiled = add is not add_gradient
     parameters = list(model.parameters())
     batches = order(n, run.batch_size, run.seed, training.step, run.device)
     with caught_signals() as caught, progress_bar(training.step, run.iter_max, group.main) as progress:
@@ -164,7 +228,7 @@ def fit(
             training.save()
         while training.step < run.iter_max and not stop:
             training.optimizer.zero_grad()
-            names, terms = backward(model, batch, next(batches), group)
+            names, terms = backward(model, batch, next(batches), group, add)
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             stop = group.sum([*gradients, terms], max(caught, default=0))
             training.optimizer.step()

@@ -8,6 +8,7 @@ median of the ratios of blocks that ran one after the other.
 # ruff: noqa: E402  (the folder above is put on the path first)
 import argparse
 import importlib
+import io
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
 
@@ -25,7 +27,6 @@ sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import datasets
 from torchvision.transforms import ToTensor
 from tqdm import tqdm
@@ -35,8 +36,10 @@ from codebase.models.fsvae import FSVAE
 from codebase.models.gmvae import GMVAE
 from codebase.models.ssvae import SSVAE
 from codebase.models.vae import VAE
+from codebase.runtime import device
 from codebase.runtime.processes import Processes
 
+VARIANTS = "textbook", "plain", "compiled", "products", "jax"
 MODELS = {"vae": VAE, "gmvae": GMVAE, "ssvae": SSVAE, "fsvae": FSVAE}
 
 
@@ -139,10 +142,10 @@ def textbook_steps(kind, images, labelled):
             yield
 
 
-def our_steps(kind, images, labelled, batch_size=100, **options):
+def our_steps(kind, images, labelled, batch_size=100, compiled=False, **options):
     """The loop of train.fit, without its files; next() does a step."""
     model, y = MODELS[kind](**options), labelled.one_hot(torch.arange(100))
-    run = importlib.import_module(f"run_{kind}").Run(device="cpu")
+    run = importlib.import_module(f"run_{kind}").Run(device="cpu", batch_size=batch_size, compile=str(int(compiled)))
     training, group = train.Training(model, run, None, lambda step: None), Processes()
 
     def batch(index):
@@ -150,40 +153,49 @@ def our_steps(kind, images, labelled, batch_size=100, **options):
             return (images.scaled(index), images.one_hot(index)), ()
         return (images.binary(index),), (data.binarize(labelled.pixels), y) if kind == "ssvae" else ()
 
+    with redirect_stdout(io.StringIO()):
+        add = train.choose_gradient(model, batch, run, group, None)
+    assert compiled == (add is not train.add_gradient), "the step could not be compiled"
     for index in train.order(len(images), batch_size, 0, 0, "cpu"):
         training.optimizer.zero_grad()
-        names, terms = train.backward(model, batch, index, group)
+        names, terms = train.backward(model, batch, index, group, add)
         training.optimizer.step()
         training.add(names, terms)
         yield
 
 
-class Products(TorchDispatchMode):
-    """Inside, random operands are recorded for every product of matrices, laid out alike."""
+def product_steps(kind):
+    """Only the matrix products of the networks in a step, forward and backward, by hooks on their layers."""
+    model, products = MODELS[kind](), []
 
-    operands = ()
+    def record(layer, inputs, output):
+        x, g = inputs[0].detach().flatten(0, -2), torch.randn_like(output).flatten(0, -2)
+        w = layer.weight.detach()[:, : x.shape[1]]
+        products.extend([(x, w.t()), (g[: len(x)].t(), x)] + [(g[: len(x)], w)] * inputs[0].requires_grad)
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            self.operands += (tuple(map(torch.randn_like, args[-2:])),)
-        return function(*args, **(kwargs or {}))
-
-
-def product_steps(*args):
-    """Only the matrix products of our step, forward and backward."""
-    with Products() as products:
-        next(our_steps(*args))
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(record)
+    x, y = torch.rand(100, 3072 if kind == "fsvae" else 784).round(), F.one_hot(torch.arange(100) % 10, 10).float()
+    model.loss(*{"ssvae": (x, x, y), "fsvae": (x, y)}.get(kind, (x,)))
     while True:
-        for a, b in products.operands:
+        for a, b in products:
             torch.mm(a, b)
         yield
 
 
 def alternate(variants, count, blocks):
-    """Milliseconds per step of each variant in each block; the blocks of the variants take turns."""
+    """Milliseconds per step of each variant in each block; the blocks of the variants take turns.
+
+    A variant is an endless generator of steps, or a process that does and times as many for every line it reads.
+    """
     times = {name: [] for name in variants}
     for _ in range(blocks):
         for name, steps in variants.items():
+            if isinstance(steps, subprocess.Popen):
+                print(file=steps.stdin, flush=True)
+                times[name].append(float(steps.stdout.readline()))
+                continue
             for _ in zip(range(3), steps, strict=False):  # a warm-up
                 pass
             began = time.perf_counter()
@@ -193,19 +205,29 @@ def alternate(variants, count, blocks):
     return times
 
 
-def ratio(above, below):
-    return median(a / b for a, b in zip(above, below, strict=True))
+def ratio(times, above, below):
+    """Median of the ratios of blocks that ran one after the other."""
+    return median(a / b for a, b in zip(times[above], times[below], strict=True))
 
 
-def compare_steps(kind, folder, blocks):
-    """Print and return the times of a model's step."""
-    makers = {"textbook": textbook_steps, "ours": our_steps, "products": product_steps}
-    images = training_images(kind, folder)
-    variants = {name: make(kind, *images) for name, make in makers.items()}
-    times = alternate(variants, 20 if kind == "ssvae" else 50, blocks)
-    cells = (f"{median(ms):.2f} ({min(ms):.2f}-{max(ms):.2f})".rjust(22) for ms in times.values())
-    ratios = ratio(times["textbook"], times["ours"]), ratio(times["ours"], times["products"])
-    print(f"{kind:<12}{''.join(cells)}{ratios[0]:15.2f}{ratios[1]:15.2f}", flush=True)
+RATIOS = ("textbook", "plain"), ("textbook", "compiled"), ("plain", "products"), ("jax", "compiled")
+
+
+def compare_steps(kind, folder, blocks, peer):
+    """Print and return the times of a model's step; peer: a Python that has JAX, or None."""
+    images, count = training_images(kind, folder), 20 if kind == "ssvae" else 50
+    variants = {"textbook": textbook_steps(kind, *images), "plain": our_steps(kind, *images)}
+    variants |= {"compiled": our_steps(kind, *images, compiled=True), "products": product_steps(kind)}
+    if peer:
+        command = [peer, str(ROOT / "tests" / "peer_jax.py"), kind, str(count)]
+        variants["jax"] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    alternate(variants, count, 1)  # compiles
+    times = alternate(variants, count, blocks)
+    if peer:
+        variants["jax"].communicate()
+    cells = (f"{median(times[name]):.2f}".rjust(10) if name in times else " " * 10 for name in VARIANTS)
+    ratios = (f"{ratio(times, *pair):.2f}".rjust(19) if pair[0] in times else "" for pair in RATIOS)
+    print(f"{kind:<12}{''.join(cells)}{''.join(ratios)}", flush=True)
     return times
 
 
@@ -245,38 +267,41 @@ def in_process(*words):
 
 def compare_evaluation(kind, folder, rounds):
     """Print and return seconds and megabytes of an evaluation."""
-    found = {"textbook": [], "ours": []}
+    runs = {"textbook": [], "ours": []}
     for _ in range(rounds):
-        for whose in found:
-            found[whose].append(in_process(kind, whose, folder, "1,10,100,1000"))
-    seconds, megabytes = ([[run[key] for run in runs] for runs in found.values()] for key in ("seconds", "megabytes"))
-    cells = *map(median, seconds), ratio(*seconds), *map(median, megabytes)
+        for whose, found in runs.items():
+            found.append(in_process(kind, whose, folder, "1,10,100,1000"))
+    seconds, megabytes = (
+        {whose: [run[key] for run in found] for whose, found in runs.items()} for key in ("seconds", "megabytes")
+    )
+    cells = *map(median, seconds.values()), ratio(seconds, *seconds), *map(median, megabytes.values())
     print("{:<12}{:20.2f}{:8.2f}{:8.1f}{:20.0f}{:8.0f}".format(kind, *cells), flush=True)
-    return found
+    return runs
 
 
 def start_up(folder):
-    """Seconds from a command to its line that the first step is done, and until --help has answered."""
+    """Seconds from a command to its line that the first step is done: plain, compiled, again; and of --help."""
     words, found = ["--data", "digits", "--data_dir", folder, "--iter_max", "1"], {}
+    commands = {"plain": words, "compiled": [*words, "--compile", "1", "--run", "1"]}
+    commands |= {"compiled again": [*words, "--compile", "1", "--run", "2"], "--help": ["--help"]}
     with tempfile.TemporaryDirectory() as place:
-        for name, flags, line in (("first step", words, "trained"), ("--help", ["--help"], "usage")):
+        for name, flags in commands.items():
             command, began = [sys.executable, "-u", str(ROOT / "run_vae.py"), *flags], time.perf_counter()
-            with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, text=True) as process:
-                seen = [time.perf_counter() - began for said in process.stdout if said.startswith(line)]
-            found[name] = seen[0]
+            known = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(place, "compiled"))}
+            with subprocess.Popen(command, cwd=place, env=known, stdout=subprocess.PIPE, text=True) as process:
+                lines = (said for said in process.stdout if said.startswith(("trained", "usage")))
+                (found[name],) = (time.perf_counter() - began for _ in lines)
     return found
 
 
-def growth(folder, quick):
+def growth(folder):
     """How cost grows with the batch, the components and the importance samples."""
     sizes, counts, ms = (100, 1000, 10_000), (10, 100, 1000, 10_000), (1, 100, 1000, 10_000, 100_000)
-    if quick:
-        sizes, counts, ms = (100, 1000), (10, 1000), (1, 1000)
     out, images = {}, {kind: training_images(kind, folder) for kind in MODELS}
     variants = {f"{kind} ms per step, batch": {n: our_steps(kind, *images[kind], n) for n in sizes} for kind in MODELS}
     variants["gmvae ms per step, k"] = {k: our_steps("gmvae", *images["gmvae"], k=k) for k in counts}
     for name, steps in variants.items():
-        out[name] = {n: median(times) for n, times in alternate(steps, 5, 1 if quick else 3).items()}
+        out[name] = {n: median(times) for n, times in alternate(steps, 5, 3).items()}
     found = {m: in_process("vae", "ours", folder, m) for m in ms}
     return out | {f"vae evaluation {key}, m": {m: found[m][key] for m in ms} for key in ("seconds", "megabytes")}
 
@@ -292,13 +317,16 @@ def profile(kind, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="finish in two minutes")
+    parser.add_argument("--quick", action="store_true", help="finish in three minutes")
     parser.add_argument("--profile", choices=MODELS, help="only print what the time of this model's step goes to")
+    parser.add_argument("--peer", choices=["jax"], help="measure this library's version of the models beside ours")
+    parser.add_argument("--peer_python", default=sys.executable, help="the Python in which it is installed")
     parser.add_argument("--data_dir", default="data", help="where the drawn digits are stored")
     parser.add_argument("--output", default="benchmark.json")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = str(Path(args.data_dir).resolve())
+    device.keep_freed_memory()  # as the scripts do; in one process the textbook version gains by it too
     if args.child:
         *words, ms = args.child
         return evaluation(*words, tuple(map(int, ms.split(","))))
@@ -309,12 +337,13 @@ def main():
     found |= {"capability": torch.backends.cpu.get_cpu_capability()}
     found |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     print("{cpu}, {capability}, {threads} threads, torch {torch}\n".format(**found))
-    print(f"{'ms per step':<12}{'textbook':>22}{'ours':>22}{'products alone':>22}  textbook/ours  ours/products")
-    found["steps"] = {kind: compare_steps(kind, folder, 5 if args.quick else 9) for kind in MODELS}
+    names = "".join(name.rjust(10) for name in VARIANTS) + "".join("/".join(pair).rjust(19) for pair in RATIOS)
+    print(f"{'ms per step':<12}{names}")
+    peer = args.peer_python if args.peer else None
+    found["steps"] = {kind: compare_steps(kind, folder, 5 if args.quick else 9, peer) for kind in MODELS}
     print(f"\n{'evaluation':<12}{'seconds: textbook':>20}{'ours':>8}{'ratio':>8}{'MB: textbook':>20}{'ours':>8}")
-    kinds, rounds = (("vae",), 1) if args.quick else (("vae", "gmvae"), 3)
-    found["evaluation"] = {kind: compare_evaluation(kind, folder, rounds) for kind in kinds}
-    found["growth"] = {"start-up, seconds": start_up(folder)} | growth(folder, args.quick)
+    found["evaluation"] = {kind: compare_evaluation(kind, folder, 1 if args.quick else 5) for kind in ("vae", "gmvae")}
+    found["growth"] = {"start-up, seconds": start_up(folder)} | ({} if args.quick else growth(folder))
     for name, values in found["growth"].items():
         print(f"{name}: " + ", ".join(f"{size}: {value:.2f}" for size, value in values.items()))
     Path(args.output).write_text(json.dumps(found, indent=1) + "\n")

@@ -94,7 +94,7 @@ def test_two_processes_train_the_same_model_as_one(model, folders, digits_dir, s
     assert together.returncode == 0, together.stderr
     assert_same_training(one, many, NAMES[model])
     assert last_figure(together) == pytest.approx(last_figure(alone), rel=1e-3)
-    assert together.stdout.count("trained to step") == 1  # the first process alone speaks
+    assert together.stdout.count("trained to step") == 1 and "steps: plain (2 processes)" in together.stdout
 
 
 def test_a_series_of_runs_on_three_processes_equals_that_of_one(folders, digits_dir, script):

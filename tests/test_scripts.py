@@ -652,6 +652,7 @@ BAD += [
 ]
 BAD += [("gmvae", ["--k", value], "--k") for value in ("0", "-5", "x", "2.5", "nan", "", "1000000000")]
 BAD += [("ssvae", [f"--{flag}", value], f"--{flag}") for flag in ("gw", "cw") for value in ("1000000", *NO_INTEGER)]
+BAD += [(script, ["--compile", value], "--compile") for script in SCRIPTS for value in ("2", "", "yes")]
 BAD += [("fsvae", ["--split", value], "--split") for value in ("all", "", "0", "Test")]
 BAD += [
     (script, ["--device", value], "--device") for script in SCRIPTS for value in ("tpu", "", "cuda:99", "CPU", "meta")

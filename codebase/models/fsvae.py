@@ -32,13 +32,16 @@ class FSVAE(nn.Module):
         qm, qv = self.enc(x, y)
         z = utils.sample_gaussian(qm, qv)
         kl_z = utils.kl_normal(qm, qv, self.z_prior_m, self.z_prior_v)  # (batch,)
-        rec = -utils.log_normal(x, self.dec(z, y), x.new_tensor(self.x_var))  # (batch,)
+        rec = -utils.log_normal(x, self.dec(z, y), x.new_full((), self.x_var))  # (batch,)
         return (kl_z + rec).mean(), kl_z.mean(), rec.mean()
 
     def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss, -ELBO, and its terms by name."""
         nelbo, kl_z, rec = self.negative_elbo_bound(x, y)
         return nelbo, {"train/loss": nelbo, "gen/elbo": -nelbo, "gen/kl_z": kl_z, "gen/rec": rec}
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(x, y)
 
     def sample_z(self, batch: int) -> Tensor:
         """Draw from the prior: (batch, z_dim)."""

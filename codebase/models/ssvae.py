@@ -63,6 +63,9 @@ class SSVAE(nn.Module):
         terms = {"train/loss": loss, "gen/elbo": -nelbo, "gen/kl_z": kl_z, "gen/kl_y": kl_y, "gen/rec": rec}
         return loss, {**terms, "class/ce": ce, "class/acc": acc}
 
+    def forward(self, x: Tensor, xl: Tensor, yl: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(x, xl, yl)
+
     def sample_z(self, batch: int) -> Tensor:
         """Draw from the prior: (batch, z_dim)."""
         return utils.sample_gaussian(self.z_prior_m.expand(batch, self.z_dim), self.z_prior_v)

@@ -66,6 +66,9 @@ class BinaryVAE(nn.Module):
         loss = nelbo if self.beta == 1 else rec + self.beta * kl
         return loss, {"train/loss": loss, "gen/elbo": -nelbo, "gen/kl_z": kl, "gen/rec": rec}
 
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(x)
+
     def compute_sigmoid_given(self, z: Tensor) -> Tensor:
         """E[x | z]: pixel probabilities, (batch, 784)."""
         return torch.sigmoid(self.dec(z))

@@ -1,13 +1,20 @@
-"""What a run's device brings with it: which one there is, random states, evaluation without traces."""
+"""What a run's device brings with it: which one there is, random states, compilation, memory, evaluation."""
 
-from collections.abc import Iterator
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from codebase.runtime.files import require
 
+WORTH = 20_000  # steps that win the start-up of compiling back
 GENERATORS = {"cpu": torch.random, "cuda": torch.cuda, "mps": torch.mps}
 
 
@@ -44,3 +51,38 @@ def eval_mode(model: torch.nn.Module, seed: int = 0) -> Iterator[None]:
     finally:
         model.train(training)
         set_random_state(random)
+
+
+def plain_because(asked: str, steps: int, device: str, processes: int) -> str:
+    """In a few words, why a training of that many steps is not compiled, or "" where it is; asked: what --compile says.
+
+    Tools and the number of steps decide, never a timing, so that the same command does the same at every start.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    tools = {"cpu": ("C++ compiler", shutil.which(compiler)), "cuda": ("Triton", find_spec("triton"))}
+    needed, found = tools.get(device, ("compiler", None))
+    reasons = {
+        "--compile 0": asked == "0",
+        f"{processes} processes": processes > 1,
+        f"compiling pays from {WORTH:,} on; --compile 1 does it now": asked == "auto" and steps < WORTH,
+        f"no {needed} for {device} found": asked == "auto" and not found,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def compile_graph(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """The function compiled whole, with the noise of torch's own generators; on CUDA a recorded graph of kernels."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # speaks of CUDA where there is none
+    torch.compiler.reset()  # or what an earlier run of a series compiled counts against this one
+    options = {"cpu": {"cpp_wrapper": True, "compile_threads": 1}}  # one file: more processes have nothing to do
+    options |= {"cuda": {"triton.cudagraphs": True, "triton.autotune_pointwise": False}}  # nothing is chosen by time
+    options = options.get(device, {}) | {"fallback_random": True}
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep what is freed, instead of giving it back and fetching it anew page by page.
+
+    A freed block below 32 MB raises M_MMAP_THRESHOLD to its size, M_TRIM_THRESHOLD to twice that (mallopt(3)).
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)

@@ -24,8 +24,9 @@ def launch(kind: type[Run], one_run: Callable[..., dict[str, float]], descriptio
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     code, first, count, figures = 0, values["run"], values.pop("runs"), {}
     try:
-        from codebase.runtime import processes, report  # only here: a bad command line is answered before torch loads
+        from codebase.runtime import device, processes, report  # only here: a bad command line is answered before torch
 
+        device.keep_freed_memory()
         with processes.join(values["device"]) as group:
             for number in range(first, first + count):
                 seed = number if values["seed"] is None else values["seed"] + number - first

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -67,6 +68,7 @@ class Run:
     train: int = flag(1, SWITCH, "1 trains (or goes on, or evaluates what is finished), 0 loads and evaluates")
     overwrite: int = flag(0, SWITCH, "1 starts over and deletes what the run has stored")
     device: str = flag("auto", ["auto", "cpu", "cuda", "gpu", "mps"], "where to compute")
+    compile: str = flag("auto", ["auto", "0", "1"], "1 compiles the training step; auto: where that pays")
     data: str = flag("auto", ["auto", "", "digits"], "auto: the real data set, or else drawn digits", weights=True)
     data_dir: str = flag("data", folder, "folder of the data sets")
     check_data: int = flag(1, SWITCH, "0 accepts data files that are not the published ones")
@@ -98,7 +100,8 @@ def parse(kind: type[Run], description: str, argv: list[str] | None) -> dict[str
     """Parse and check a command line for runs of that kind; a wrong one ends the program with one line, exit code 2."""
 
     def error(message: str) -> None:
-        speak = os.environ.get("RANK", "0") == "0"  # one line, by one process
+        speak = os.environ.get("RANK", "0") == "0"  # one line, by one process; torchrun ends it when another one ends
+        time.sleep(0 if speak else 1)
         parser.exit(2, f"{parser.prog}: error: {message} (see {parser.prog} --help)\n" if speak else None)
 
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)

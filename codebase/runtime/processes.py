@@ -78,7 +78,7 @@ class Ranks(Processes):
         return answer[0]
 
     def first_to_fail(self) -> bool:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # by which torchrun ends the others: speak before
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which torchrun ends the others: speak, and end in peace
         try:
             return self.store.add("failures of this run", 1) == 1
         except RuntimeError:  # the store went with the process that kept it

@@ -36,14 +36,14 @@ def of_binary_vae(model: BinaryVAE, x: Tensor) -> list[str]:
 def of_ssvae(model: SSVAE, counts: Tensor) -> list[str]:
     """Draw the confusion matrix, curves, and, of a generative model, every digit in 20 styles; return the names."""
     folder = log_dir(model.name)
-    styles = [style_and_content(model, folder / "styles.png")] if model.gen_weight else []
+    styles = [style_and_content(model, model.compute_sigmoid_given, folder / "styles.png")] if model.gen_weight else []
     return [confusion(counts, folder / "confusion.png"), *curves(folder), *styles]
 
 
 def of_fsvae(model: FSVAE, name: str) -> list[str]:
     """Draw every digit in 20 styles, as <name>.png, and curves; return the names."""
     folder = log_dir(model.name)
-    return [style_and_content(model, folder / f"{name}.png"), *curves(folder)]
+    return [style_and_content(model, model.compute_mean_given, folder / f"{name}.png"), *curves(folder)]
 
 
 def grid(pixels: Tensor, path: Path, columns: int = 20) -> str:
@@ -54,9 +54,8 @@ def grid(pixels: Tensor, path: Path, columns: int = 20) -> str:
     return _save(path, lambda file: image.imsave(file, tiled.repeat(ZOOM, 0).repeat(ZOOM, 1), format="png"))
 
 
-def style_and_content(model: SSVAE | FSVAE, path: Path, columns: int = 20) -> str:
-    """Every label (rows) in the same styles z (columns), at the same latents each time."""
-    decode = model.compute_sigmoid_given if isinstance(model, SSVAE) else model.compute_mean_given
+def style_and_content(model: SSVAE | FSVAE, decode: Callable[..., Tensor], path: Path, columns: int = 20) -> str:
+    """Every label (rows) in the same styles z (columns): decode(z, y) at the same latents each time."""
     with eval_mode(model):
         z = model.sample_z(columns)
         y = torch.eye(10, device=z.device)

@@ -177,13 +177,8 @@ class Training:
             checkpoint.save_model_by_name(self.model, self.step)
         table = {"names": self.names, "rows": self.rows, "since": self.since, "sums": self.sums.tolist()}
         table |= {"seconds": time.monotonic() - self.began}
-        state = {
-            "step": self.step,
-            "settings": self.run.settings(),
-            "compiled": self.compiled,
-            "table": table,
-            "random": random_state(),
-        }
+        state = {"step": self.step, "settings": self.run.settings(), "table": table, "random": random_state()}
+        state |= {"compiled": self.compiled}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"]}
         checkpoint.save_state(self.run.name, state)
 

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ needs_mnist = pytest.mark.skipif(
 needs_reference = pytest.mark.skipif(
     not (REFERENCE / "checkpoints").exists(), reason="no reference checkpoints in REFERENCE_DIR"
 )
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler on this machine")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA on this machine")
 
 

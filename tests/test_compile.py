@@ -1,13 +1,10 @@
 """The compiled step does what the plain one does, keeps its bits, and gives way where it cannot be had."""
 
-import random
-import shutil
 import signal
-import time
 
 import pytest
 import torch
-from conftest import NAMES, same, start, table, wait_for, weights
+from conftest import NAMES, needs_compiler, same, table, weights
 
 from codebase import train
 from codebase.models.fsvae import FSVAE
@@ -17,7 +14,6 @@ from codebase.models.vae import VAE
 from codebase.runtime import device
 from codebase.runtime.processes import ALONE
 
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler on this machine")
 MODELS = {"vae": VAE, "gmvae": GMVAE, "ssvae": SSVAE, "ssvae gw=0": lambda: SSVAE(gen_weight=0), "fsvae": FSVAE}
 
 
@@ -90,28 +86,6 @@ def test_compiled_training_has_the_same_bits_in_one_piece_and_in_parts_and_the_f
     assert same(found[0], found[1]) and rows[0] == rows[1]
     for row, plain in zip(rows[0], rows[2], strict=True):
         assert float(row["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-4)
-
-
-@needs_compiler
-@pytest.mark.long
-@pytest.mark.parametrize("model", NAMES)
-def test_killed_at_random_moments_a_compiled_run_ends_as_if_it_had_never_been(model, tmp_path, digits_dir):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir(), killed.mkdir()
-    flags = "--iter_max", 200, "--iter_save", 20, "--compile", 1
-    assert start(model, whole, digits_dir, *flags).wait() == 0
-    chance = random.Random(model)
-    for _ in range(5):
-        process = start(model, killed, digits_dir, *flags)
-        wait_for(killed / "logs" / NAMES[model] / ".owner", process)
-        time.sleep(chance.uniform(0, 10))
-        process.kill()
-        process.communicate()
-        (killed / "logs" / NAMES[model] / ".owner").unlink(missing_ok=True)
-    last = start(model, killed, digits_dir, *flags)
-    assert last.wait() == 0, last.communicate()
-    assert same(weights(whole, NAMES[model], 200), weights(killed, NAMES[model], 200))
-    assert table(whole, NAMES[model]) == table(killed, NAMES[model])
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NAMES, ROOT, checkpoint_steps, command, same, start, table, tree, wait_for
+from conftest import NAMES, ROOT, checkpoint_steps, command, needs_compiler, same, start, table, tree, wait_for
 from matplotlib import image
 from matplotlib.figure import Figure
 
@@ -178,28 +178,40 @@ def test_a_table_that_is_gone_or_behind_is_completed_from_the_state(small, tmp_p
     assert table(tmp_path / "parts", NAMES["fsvae"]) == table(tmp_path / "whole", NAMES["fsvae"])
 
 
+def kill_and_finish(model: str, folder: Path, digits_dir: Path, kills: int, seconds: float, *flags) -> None:
+    """Kill a run so often, each time within so many seconds of its start; finished, it is as one never killed."""
+    whole, killed = folder / f"{model}-whole", folder / f"{model}-killed"
+    whole.mkdir(), killed.mkdir()
+    assert start(model, whole, digits_dir, *flags).wait() == 0
+    chance = random.Random(model)
+    for _ in range(kills):
+        process = start(model, killed, digits_dir, *flags)
+        wait_for(killed / "logs" / NAMES[model] / ".owner", process)
+        time.sleep(chance.uniform(0, seconds))
+        process.kill()
+        process.communicate()
+        for path in (killed / "checkpoints" / NAMES[model]).glob("*.pt"):
+            torch.load(path, weights_only=True)  # whatever is there is whole
+        (killed / "logs" / NAMES[model] / ".owner").unlink(missing_ok=True)  # so that the next one is waited for
+    last = start(model, killed, digits_dir, *flags)
+    _, errors = last.communicate()
+    assert last.returncode == 0, errors
+    assert checkpoint_steps(whole, model) == checkpoint_steps(killed, model)
+    assert not differences(content(killed), content(whole)) and not list(killed.rglob(".*.tmp"))
+
+
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_never_been(tmp_path, digits_dir, long):
     for model in LENGTHS if long else ["vae"]:
-        whole, killed = tmp_path / f"{model}-whole", tmp_path / f"{model}-killed"
-        whole.mkdir(), killed.mkdir()
         steps = LENGTHS[model] if long else 200
         flags = ("--iter_max", steps, "--iter_save", max(10, steps // 25))
-        assert start(model, whole, digits_dir, *flags).wait() == 0
-        chance = random.Random(model)
-        for _ in range(50 if long else 3):
-            process = start(model, killed, digits_dir, *flags)
-            wait_for(killed / "logs" / NAMES[model] / ".owner", process)
-            time.sleep(chance.uniform(0, 2))
-            process.kill()
-            process.communicate()
-            for path in (killed / "checkpoints" / NAMES[model]).glob("*.pt"):
-                torch.load(path, weights_only=True)  # whatever is there is whole
-            (killed / "logs" / NAMES[model] / ".owner").unlink(missing_ok=True)  # so that the next one is waited for
-        last = start(model, killed, digits_dir, *flags)
-        _, errors = last.communicate()
-        assert last.returncode == 0, errors
-        assert checkpoint_steps(whole, model) == checkpoint_steps(killed, model)
-        assert not differences(content(killed), content(whole)) and not list(killed.rglob(".*.tmp"))
+        kill_and_finish(model, tmp_path, digits_dir, 50 if long else 3, 2, *flags)
+
+
+@needs_compiler
+@pytest.mark.long
+@pytest.mark.parametrize("model", NAMES)
+def test_killed_at_random_moments_a_compiled_run_ends_as_if_it_had_never_been(model, tmp_path, digits_dir):
+    kill_and_finish(model, tmp_path, digits_dir, 5, 10, "--iter_max", 200, "--iter_save", 20, "--compile", 1)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

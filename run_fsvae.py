@@ -14,6 +14,7 @@ from codebase.runtime.options import flag, number
 class Run(options.Run):
     model = "fsvae"
     real_data = "svhn"
+    needs_labels = True
     split: str = flag("extra", ["extra", "train", "test"], "training images", weights=True)
     iter_max: int = flag(1_000_000, number(int, 1, 10**9), "training steps; with --train 0, the checkpoint to load")
 
@@ -28,23 +29,25 @@ def one_run(run: Run, group) -> dict[str, float]:
     from codebase.models.fsvae import FSVAE
     from codebase.runtime import report
 
-    unseen = run.data == "digits" or (run.split != "test" and Path(run.data_dir, "test_32x32.mat").exists())
+    unseen = run.data != "svhn" or (run.split != "test" and Path(run.data_dir, "test_32x32.mat").exists())
     images = data.load(run, "train") if run.train or not unseen else []
     test = data.load(run, "test") if unseen else images
 
     def batch(index: torch.Tensor) -> tuple[tuple, tuple]:
         return (images.scaled(index), images.one_hot(index)), ()
 
+    def at_checkpoint(step: int) -> dict[str, float]:
+        figures.of_fsvae(model, f"samples-{step:07d}")
+        return evaluate.conditional_bound(model, test, 1000) if unseen else {}
+
     torch.manual_seed(run.seed)
     model = FSVAE(run.name).to(run.device)
-    train.train_or_load(
-        model, batch, len(images), run, group, lambda step: figures.of_fsvae(model, f"samples-{step:07d}")
-    )
+    train.train_or_load(model, batch, len(images), run, group, at_checkpoint)
 
     found = evaluate.conditional_bound(model, test)
     if group.main:
         evaluated_on = "test split" if unseen else "training images"
-        report.results(run, found, figures.of_fsvae(model, "samples"), evaluated_on=evaluated_on)
+        report.results(run, found, figures.of_fsvae(model, "samples"), len(test), evaluated_on=evaluated_on)
         report.bounds(found, "" if unseen else " (on training images)")
     return found
 

@@ -10,15 +10,12 @@ from codebase.runtime.options import flag, number
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(options.Run):
+class Run(options.BinaryRun):
     model = "gmvae"
-    z: int = flag(10, number(int, 1, 10_000), "dimensions of the latent z", weights=True)
     k: int = flag(500, number(int, 1, 100_000), "components of the mixture prior", weights=True)
-    beta: float = flag(1.0, number(float, 0, 10**6), "weight of the KL term in the training loss", weights=True)
-    iw: tuple[int, ...] = flag((1, 10, 100, 1000), number(int, 1, 10**7), "samples m of --train 0's IWAE-m bounds")
 
     def stem(self) -> str:
-        return f"gmvae_z={self.z:02d}_k={self.k:03d}" + (f"_beta={self.beta:g}" if self.beta != 1 else "")
+        return f"gmvae_z={self.z:02d}_k={self.k:03d}{self.weighted()}"
 
 
 def one_run(run: Run, group) -> dict[str, float]:
@@ -30,16 +27,24 @@ def one_run(run: Run, group) -> dict[str, float]:
 
     test = data.load(run, "test")
     images = data.load(run, "train") if run.train else test
-    x_test = data.test_subset(test)
+    subset = data.test_subset(test)
 
     torch.manual_seed(run.seed)
-    model = GMVAE(z_dim=run.z, k=run.k, name=run.name, beta=run.beta).to(run.device)
-    train.train_or_load(model, lambda index: ((images.binary(index),), ()), len(images), run, group)
+    model = GMVAE(z_dim=run.z, k=run.k, name=run.name, beta=run.beta, train_iw=run.train_iw).to(run.device)
 
-    found = evaluate.bounds(model, x_test, () if run.train else run.iw, group=group)
+    def batch(index: torch.Tensor) -> tuple[tuple, tuple]:
+        return (images.binary(index),), ()
+
+    def at_checkpoint(step: int) -> dict[str, float]:
+        return evaluate.bounds(model, subset, ())
+
+    train.train_or_load(model, batch, len(images), run, group, at_checkpoint)
+
+    x = subset if run.test == "subset" else data.binarize_once(test.pixels)
+    found = evaluate.bounds(model, x, () if run.train else run.iw, group=group, progress=True)
     found |= evaluate.latent_use(model, test)
     if group.main:
-        report.results(run, found, figures.of_binary_vae(model, x_test))
+        report.results(run, found, figures.of_binary_vae(model, subset, test), len(test))
         report.bounds(found)
     return found
 

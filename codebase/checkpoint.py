@@ -1,6 +1,7 @@
 """Weights and training state in files. Files are read, never run; what they hold is checked before it is used."""
 
 import io
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -17,7 +18,8 @@ IGNORED_KEYS = {"x_v", "y_prior"}  # constants that some existing files carry
 FORMAT = 2  # of state files; a state of another format is refused
 STATE = {"step", "settings", "model", "table", "optimizer", "random"}
 LOGS = re.compile(
-    r"metrics\.csv|(config|results)\.json|(samples(-\d{7,})?|reconstructions|curves|confusion|styles)\.png"
+    r"(metrics|test)\.csv|(config|results)\.json"
+    r"|(samples(-\d{7,})?|reconstructions|interpolations|latent|curves|confusion|styles)\.png"
 )
 
 
@@ -41,22 +43,20 @@ def load_model_by_name(model: nn.Module, global_step: int, device: torch.device 
 def read_weights(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
     """The weights in checkpoints/<model.name>/model-<step>.pt, checked to be the model's; raises as above."""
     path = model_path(model.name, step)
-    stored = _read_tensors(path)
-    check_weights(path, stored, model)
-    return {key: value for key, value in stored.items() if key not in IGNORED_KEYS}
+    return check_weights(path, _read_tensors(path), model)
 
 
-def check_weights(path: Path, stored: dict[str, Any], model: nn.Module) -> None:
-    """Raise UsageError unless stored has exactly the model's keys, with its shapes and finite values."""
+def check_weights(path: Path, stored: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's keys of stored; raises UsageError unless it has them alone, with their shapes and finite values."""
     expected = model.state_dict()
     for key in (expected.keys() ^ stored.keys()) - IGNORED_KEYS:
         what = f"it has no {key}" if key in expected else f"it has {key}, which the model has not"
         raise UsageError(f"{path} is of another model than {model.name}: {what}")
     for key, value in expected.items():
-        shape, found = tuple(value.shape), stored[key]
-        has = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-        require(has == shape, f"{path}: {key} should be of shape {shape}, found {has}")
-        require(bool(torch.isfinite(found).all()), f"{path}: {key} holds values that are not finite")
+        shape, found = tuple(value.shape), tuple(getattr(stored[key], "shape", ()))
+        require(found == shape, f"{path}: {key} should be of shape {shape}, found {found}")
+        require(bool(torch.isfinite(stored[key]).all()), f"{path}: {key} holds values that are not finite")
+    return {key: stored[key] for key in expected}
 
 
 def save_state(name: str, state: dict[str, Any]) -> None:
@@ -72,13 +72,12 @@ def load_state(model: nn.Module, run: Run) -> dict[str, Any] | None:
     state = _read_tensors(path)
     ours = f"{path} is of another revision, which this one does not go on from (--train 0 loads its weights): {RESTART}"
     require(state.get("format") == FORMAT, ours)
-    require(
-        state.keys() >= STATE, f"{path} is no state to go on from: it has no {min(STATE - state.keys(), default='')}"
-    )
+    missing = ", ".join(STATE - state.keys())
+    require(not missing, f"{path} is no state to go on from: it has no {missing}")
     if state["step"] == 0 and not stored_steps(run.name):
         return None  # nothing was trained yet, so nothing is bound to its settings
     for key, value in run.settings().items():
-        made = state["settings"].get(key)
+        made = state["settings"].get(key, getattr(type(run), key, None))  # of a flag that is newer than the state
         require(made == value, f"argument --{key}: {run.name} was made with {made}, not {value}: give that, {RESTART}")
     check_weights(path, state["model"], model)
     return state
@@ -93,20 +92,21 @@ def find(model: nn.Module, run: Run) -> tuple[dict[str, torch.Tensor] | None, di
     if run.overwrite:
         discard(run.name)
     state, stored = load_state(model, run) if run.train else None, stored_steps(run.name)
-    if run.iter_max in stored and (state is None or state["step"] >= run.iter_max):
+    step = state["step"] if state else math.inf if stored else 0  # nothing goes on from weights alone
+    if run.iter_max in stored and run.iter_max <= step:
         return read_weights(model, run.iter_max), None
-    trained = f"was trained to step {state['step']}" if state else "has no state to go on from"
-    goes_on = state["step"] <= run.iter_max if state else not stored
-    larger = "a larger number, " if state else ""
-    require(
-        goes_on, f"argument --iter_max: {run.name} {trained}: give one of its checkpoints {stored}, {larger}{RESTART}"
-    )
+    begins = f"goes on from step {step}, not before it" if state else "has no state to go on from"
+    wrong = f"argument --iter_max: {run.name} {begins}: give one of its checkpoints {stored}, {RESTART}"
+    require(step <= run.iter_max, wrong)
     return None, state
 
 
 def discard(name: str) -> None:
     """Delete what earlier training of this run stored, and nothing else; only --overwrite 1 comes here."""
     logs = [path for path in log_dir(name).glob("*") if LOGS.fullmatch(path.name)]
+    shipped = Path("checkpoints", ".gitignore")
+    if stored_steps(name) and shipped.is_file() and name in shipped.read_text():
+        print(f"warning: --overwrite 1 deletes checkpoints/{name}, which came with this package and is tracked by git")
     for path in logs + [model_path(name, step) for step in stored_steps(name)] + [state_path(name)]:
         path.unlink(missing_ok=True)
 
@@ -123,17 +123,14 @@ def _read_tensors(path: Path) -> dict[str, Any]:
         raise Missing(f"there is no file {path}")
     content = io.BytesIO(path.read_bytes())
     try:
-        if zipfile.is_zipfile(content):
-            with zipfile.ZipFile(content) as archive:
-                damaged = archive.testzip()
-            require(not damaged, f"{path} is damaged (checksum of {damaged}): put an intact copy in its place")
+        if zipfile.is_zipfile(content) and (damaged := zipfile.ZipFile(content).testzip()):
+            raise zipfile.BadZipFile(damaged)
         content.seek(0)
         stored = torch.load(content, map_location="cpu", weights_only=True)
-    except (UsageError, OSError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:
-        what = "holds more than tensors, and code in it is not run" if "eights" in str(error) else "cannot be read"
-        cause = "truncated, damaged or no checkpoint; put an intact copy in its place"
-        raise UsageError(f"{path} {what}: {cause}") from error
+        what = "truncated, damaged, no checkpoint, or more than tensors (code in it is not run)"
+        raise UsageError(f"{path} cannot be read: {what}; put an intact copy in its place") from error
     require(isinstance(stored, dict), f"{path} holds no dictionary of tensors but a {type(stored).__name__}")
     return stored

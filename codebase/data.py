@@ -1,4 +1,4 @@
-"""MNIST, SVHN and the drawn digits as tensors on the training device."""
+"""MNIST, SVHN, a user's own images and the drawn digits as tensors on the training device."""
 
 import contextlib
 import hashlib
@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from codebase import digits
+from codebase.runtime import fetch
 from codebase.runtime.files import UsageError, require, write
-from codebase.runtime.options import Run
+from codebase.runtime.options import Run, content
 
 COURSE = json.loads(Path(__file__).with_name("course_subset.json").read_text())
+COURSE_IMAGES = Path(__file__).with_name("course_images.npz")
 
 
 @dataclass(frozen=True)
 class Images:
-    """A split: pixels (n, 784) or (n, 3072, channel-major) as bytes, labels (n,) as int64, on one device."""
+    """A split: pixels (n, 784) or (n, 3072, channel-major) as bytes, labels (n,) as int64 (-1: none), on one device."""
 
     pixels: Tensor
     labels: Tensor
@@ -45,11 +47,23 @@ class Images:
         """Labels at index as (batch, 10) floats."""
         return torch.nn.functional.one_hot(self.labels[index], 10).float()
 
-    def positions(self, table: list[list[int]]) -> Tensor:
-        """Positions in the split of the images that a table of the course names, class after class."""
-        labels = self.labels.cpu()
-        rows = [torch.nonzero(labels == digit).flatten()[row] for digit, row in enumerate(table)]
-        return torch.cat(rows).to(self.labels.device)
+    def has_course(self, split: str) -> bool:
+        """Whether the course's images can be found here: in MNIST's split, and in the drawn digits in its place."""
+        return torch.bincount(self.labels.clamp(min=0).cpu()).tolist() == COURSE["class_counts"][split]
+
+    def positions(self, split: str, each: int = 10) -> Tensor:
+        """Where that many images of each digit are, class after class: the course's ten, then more in a fixed order.
+
+        Raises UsageError where there are too few of a digit.
+        """
+        labels, table, found = self.labels.cpu(), COURSE[split] if self.has_course(split) else [[]] * 10, []
+        for digit, course in enumerate(table):
+            members = torch.nonzero(labels == digit).flatten()
+            few = f"argument --labels: takes {each} images of each digit, and of {digit} there are {len(members)}"
+            require(len(members) >= each, few)
+            more = np.random.RandomState(0).permutation(len(members)).tolist()
+            found.append(members[[*course, *(at for at in more if at not in course)][:each]])
+        return torch.cat(found).to(self.labels.device)
 
 
 def binarize(pixels: Tensor) -> Tensor:
@@ -58,28 +72,98 @@ def binarize(pixels: Tensor) -> Tensor:
     return (noise < pixels).float()
 
 
+def binarize_once(pixels: Tensor) -> Tensor:
+    """Binarise a split's images by the course's rule, the same at each call: (n, 784) in {0, 1}."""
+    drawn = np.random.RandomState(0).binomial(1, pixels.cpu().numpy().astype(np.float32) / np.float32(255))
+    return torch.from_numpy(drawn.astype(np.float32)).to(pixels.device)
+
+
 def test_subset(test: Images) -> Tensor:
-    """The course's 100 test images, class after class, binarised once and for all: (100, 784) in {0, 1}."""
-    grey = test.pixels[test.positions(COURSE["test"])].cpu().numpy().astype(np.float32) / np.float32(255)
-    drawn = np.random.RandomState(0).binomial(1, grey)
-    return torch.from_numpy(drawn.astype(np.float32)).to(test.pixels.device)
+    """The course's 100 test images, class after class, binarised once and for all: (100, 784) in {0, 1}.
+
+    A split that does not have them gives its first 100 images.
+    """
+    return binarize_once(test.pixels[test.positions("test")] if test.has_course("test") else test.pixels[:100])
 
 
-def labelled_set(train: Images) -> Images:
-    """The course's 100 labelled training images, ten of each digit."""
-    index = train.positions(COURSE["train"])
+def labelled_set(train: Images, count: int = 100) -> Images:
+    """That many labelled training images, as many of each digit: the course's 100 first."""
+    index = train.positions("train", count // 10)
     return Images(train.pixels[index], train.labels[index])
 
 
 def load(run: Run, split: str) -> Images:
-    """The "train" or "test" split of the run's data set, on its device. Raises UsageError where files are damaged."""
-    if run.data == "digits":
+    """The "train" or "test" split of the run's data set, on its device. Raises UsageError where files are damaged.
+
+    Where MNIST's test split is not there and no figure needs it, the course's 100 test images take its place.
+    """
+    if run.own_images:
+        images = own(run.data, split, run.real_data == "svhn", run.needs_labels)
+    elif run.data == "digits":
         images = drawn_digits(run.data_dir, split, colour=run.real_data == "svhn")
     elif run.data == "svhn":
         images = svhn(run.data_dir, run.split if split == "train" else "test", run.check_data)
-    else:
+    elif run.needs_files or all(path.exists() for path in fetch.files(run)[2:]):  # of the test split
         images = mnist(run.data_dir, split, run.check_data)
+    else:
+        images = course(split)
     return images.to(run.device)
+
+
+def course(split: str) -> Images:
+    """The course's 100 images of MNIST's "train" (those that are labelled) or "test" split, class after class."""
+    with np.load(COURSE_IMAGES) as file:
+        pixels, labels = file[split].reshape(100, 784), file[f"{split}_labels"].astype(np.int64)
+    return Images(torch.from_numpy(pixels), torch.from_numpy(labels))
+
+
+def own(path: str, split: str, colour: bool, labelled: bool) -> Images:
+    """A user's "train" or "test" images from a .npz file with x and, where they are there, y, x_test and y_test.
+
+    x: (n, 28, 28), (n, 784) or, in colour, (n, 32, 32, 3), as whole numbers 0 to 255 or floats in [0, 1], which are
+    rounded to bytes; y: (n,), 0 to 9. Without x_test the last tenth of x is held out. Raises UsageError otherwise.
+    """
+    stored = io.BytesIO(content(path))
+    try:
+        with np.load(stored, allow_pickle=False) as file:
+            arrays = {name: np.asarray(file[name]) for name in ("x", "y", "x_test", "y_test") if name in file}
+    except Exception as error:
+        pickled = "Object arrays" in str(error)
+        what = "holds pickled objects, which are not read" if pickled else "cannot be read: truncated or no .npz file"
+        raise UsageError(f"argument --data: {path} {what}") from error
+    require("x" in arrays, f"argument --data: {path} has no images x")
+    held_out = "x_test" not in arrays
+    ending = "_test" if split == "test" and not held_out else ""
+    pixels = _own_pixels(f"argument --data: {path} should have x{ending}", arrays[f"x{ending}"], colour)
+    y, needs = arrays.get(f"y{ending}"), f"argument --data: {path} should have y{ending}"
+    require(y is not None or not labelled, f"{needs}, the labels, which this model needs")
+    y = np.full(len(pixels), -1) if y is None else y
+    fits = y.shape == (len(pixels),) and y.dtype.kind in "iu"
+    require(fits, f"{needs} of shape ({len(pixels)},) with whole numbers, not {y.shape} of {y.dtype}")
+    right = (0 if labelled else -1) <= y.min() and y.max() <= 9
+    require(bool(right), f"{needs} with labels 0 to 9, not {y.min()} to {y.max()}")
+    if held_out:
+        count = max(1, len(y) // 10)
+        require(len(y) > 1, f"argument --data: {path} has one image in x: none is left to evaluate on")
+        part = slice(-count, None) if split == "test" else slice(-count)
+        pixels, y = pixels[part], y[part]
+        if split == "test":
+            print(f"{path} has no x_test: its last tenth, {count} images, is held out for evaluation")
+    return Images(torch.from_numpy(pixels), torch.from_numpy(y.astype(np.int64)))
+
+
+def _own_pixels(needs: str, x: np.ndarray, colour: bool) -> np.ndarray:
+    """A user's images as bytes, (n, 784) or (n, 3072, channel-major); needs: how a line of error begins."""
+    sizes, is_float = [(32, 32, 3)] if colour else [(28, 28), (784,)], x.dtype.kind in "fb"
+    takes = " or ".join(f"(n, {', '.join(map(str, size))})" for size in sizes)
+    require(x.size > 0 and x.shape[1:] in sizes, f"{needs} of shape {takes}, not {x.shape}")
+    require(x.dtype.kind in "fbiu", f"{needs} of whole numbers or floats, not {x.dtype}")
+    low, high, top = float(x.min()), float(x.max()), 1 if is_float else 255
+    hint = "; divide them by 255" if is_float and low >= 0 and 2 < high <= 255 else ""
+    require(low >= 0 and high <= top, f"{needs} from 0 to {top}, not from {low:.9g} to {high:.9g}{hint}")
+    require(is_float or high > 1, f"{needs} with more than black: 0 and 1 are levels of 255; store them as floats")
+    pixels = np.rint(x * 255.0).astype(np.uint8) if is_float else x.astype(np.uint8)
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2) if colour else pixels).reshape(len(x), -1)
 
 
 def mnist(data_dir: str, split: str, check: int) -> Images:

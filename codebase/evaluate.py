@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from codebase import utils
 from codebase.data import Images
@@ -13,7 +14,9 @@ from codebase.models.ssvae import SSVAE
 from codebase.models.vae import BinaryVAE
 from codebase.runtime.device import eval_mode
 from codebase.runtime.processes import ALONE, Processes
+from codebase.runtime.report import progress_bar
 
+IMAGES = 100  # images that are evaluated at a time
 SAMPLES = 100  # evaluations that NELBO, KL and Rec are averages over; IWAE-m takes SAMPLES // m, at least one
 ROWS = 1000  # rows of a network at a time: few enough to stay in a CPU's cache
 MEMORY = {"cpu": 2**27, "cuda": 2**30, "mps": 2**29}  # bytes that they may take, where that is less
@@ -27,31 +30,56 @@ def chunk_rows(model: BinaryVAE, device: torch.device) -> int:
 
 
 def bounds(
-    model: BinaryVAE, x: Tensor, ms: tuple[int, ...] = (1, 10, 100, 1000), seed: int = 0, group: Processes = ALONE
+    model: BinaryVAE,
+    x: Tensor,
+    ms: tuple[int, ...] = (1, 10, 100, 1000),
+    seed: int = 0,
+    group: Processes = ALONE,
+    progress: bool = False,
 ) -> dict[str, float]:
-    """NELBO, KL, Rec and the IWAE-m bounds of a VAE or GMVAE on binary images x (n, 784), in nats per image.
+    """NELBO, KL, Rec and the IWAE-m bounds of a VAE or GMVAE on images x (n, 784) in [0, 1], in nats per image.
 
     NELBO, KL and Rec are averages over 100 samples of z per image; IWAE-m is an average over max(100 // m, 1) groups
     of m, ess_m their mean effective sample size (sum w)^2 / sum w^2. All share the same samples, drawn chunk by chunk,
-    so that memory does not grow with m. Of several processes each takes its share of the chunks.
+    so that memory grows neither with m nor with n. Of several processes each takes its share of the chunks. progress:
+    whether a long evaluation shows how far it is. Raises ValueError where pixels are outside of [0, 1], where there are
+    no images, or where an m is below 1.
     """
-    chunk = max(1, chunk_rows(model, x.device) // len(x))
+    if not len(x) or min(ms, default=1) < 1:
+        raise ValueError(f"bounds takes at least one image and m from 1 on, not {len(x)} images and m = {ms}")
+    if not 0 <= x.min() <= x.max() <= 1:
+        raise ValueError(f"bounds takes pixels in [0, 1], not from {x.min():g} to {x.max():g}")
+    pieces, figures = x.split(IMAGES), {}
+    chunk = max(1, chunk_rows(model, x.device) // len(pieces[0]))
+    starts = range(chunk * group.rank, max(SAMPLES, *ms, 1), chunk * group.size)
+    with eval_mode(model), progress_bar(0, len(pieces) * len(starts), progress and group.main, "chunks") as bar:
+        for number, piece in enumerate(pieces):
+            found = _bounds_of_piece(model, piece, ms, seed + 10**9 * number, group, starts, bar)
+            figures = {name: figures.get(name, 0) + value * (len(piece) / len(x)) for name, value in found.items()}
+    return figures
+
+
+def _bounds_of_piece(
+    model: BinaryVAE, x: Tensor, ms: tuple[int, ...], seed: int, group: Processes, starts: range, bar: tqdm
+) -> dict[str, float]:
+    """bounds of as many images as are evaluated at a time; starts: the first samples of this process's chunks."""
+    chunk = starts.step // group.size
     terms = x.new_zeros(3, SAMPLES, len(x))  # log_w, kl and rec of the first samples
     large = sorted(m for m in ms if m > SAMPLES)
     sums = x.new_full((len(large), 2, len(x)), -math.inf)  # log of sum w and of sum w^2 over the first m
-    with eval_mode(model):
-        qm, qv = model.enc(x)
-        for start in range(chunk * group.rank, max([SAMPLES, *large]), chunk * group.size):
-            torch.manual_seed(seed + start)
-            z = utils.sample_gaussian(qm.expand(chunk, *qm.shape), qv)
-            log_p_x, log_p_z, log_q_z = model.log_densities(x, qm, qv, z)  # (chunk, n)
-            log_w = log_p_x + log_p_z - log_q_z
-            if start < SAMPLES:
-                kept = torch.stack([log_w, model.kl(qm, qv, z).expand_as(log_w), -log_p_x])
-                terms[:, start : start + chunk] = kept[:, : SAMPLES - start]
-            for row, m in enumerate(large):
-                if start < m:
-                    sums[row] = torch.logaddexp(sums[row], log_sums(log_w[: m - start]))
+    qm, qv = model.enc(x)
+    for start in starts:
+        torch.manual_seed(seed + start)
+        z = utils.sample_gaussian(qm.expand(chunk, *qm.shape), qv)
+        log_p_x, log_p_z, log_q_z = model.log_densities(x, qm, qv, z)  # (chunk, n)
+        log_w = log_p_x + log_p_z - log_q_z
+        if start < SAMPLES:
+            kept = torch.stack([log_w, model.kl(qm, qv, z).expand_as(log_w), -log_p_x])
+            terms[:, start : start + chunk] = kept[:, : SAMPLES - start]
+        for row, m in enumerate(large):
+            if start < m:
+                sums[row] = torch.logaddexp(sums[row], log_sums(log_w[: m - start]))
+        bar.update()
     of_all = x.new_zeros(group.size, *sums.shape)
     of_all[group.rank] = sums
     group.sum([terms, of_all])
@@ -78,7 +106,7 @@ def latent_use(model: BinaryVAE, images: Images) -> dict[str, float]:
     with eval_mode(model):
         positions = torch.arange(len(images), device=images.labels.device).split(ROWS)
         m = torch.cat([model.enc(images.binary(index))[0] for index in positions])
-        found = {"active": (m.var(0) > 0.01).sum().item()}
+        found = {"active": (m.var(0, correction=0) > 0.01).sum().item()}
         if isinstance(model, GMVAE):
             best = [
                 utils.log_normal_components(rows, *model.prior()).argmax(-1)
@@ -98,11 +126,16 @@ def confusion(model: SSVAE, images: Images) -> Tensor:
     return counts.reshape(10, 10)
 
 
-def conditional_bound(model: FSVAE, images: Images) -> dict[str, float]:
-    """NELBO, KL and Rec of an FSVAE over a split, one sample of z per image, in nats per image."""
-    total = torch.zeros(3)
+def accuracy(counts: Tensor) -> float:
+    """The share of a confusion matrix that lies on its diagonal."""
+    return counts.diag().sum().item() / counts.sum().item()
+
+
+def conditional_bound(model: FSVAE, images: Images, most: int | None = None) -> dict[str, float]:
+    """NELBO, KL and Rec of an FSVAE over a split, or the first images of it, in nats; one sample of z per image."""
+    total, count = torch.zeros(3), min(len(images), most or len(images))
     with eval_mode(model):
-        for index in torch.arange(len(images), device=images.labels.device).split(ROWS):
+        for index in torch.arange(count, device=images.labels.device).split(ROWS):
             found = torch.stack(model.negative_elbo_bound(images.scaled(index), images.one_hot(index)))
             total += found.cpu() * len(index)
-    return dict(zip(("nelbo", "kl", "rec"), (total / len(images)).tolist(), strict=True))
+    return dict(zip(("nelbo", "kl", "rec"), (total / count).tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Pictures in logs/<model.name>/: grids of images, training curves, the confusion matrix."""
+"""Pictures in logs/<model.name>/: grids of images, the latent map, training curves, the confusion matrix."""
 
 import csv
 import io
@@ -8,9 +8,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from codebase.data import Images
 from codebase.models.fsvae import FSVAE
+from codebase.models.gmvae import GMVAE
 from codebase.models.ssvae import SSVAE
 from codebase.models.vae import BinaryVAE
 from codebase.runtime.device import eval_mode
@@ -20,17 +23,26 @@ matplotlib.use("Agg")
 from matplotlib import image, pyplot
 
 ZOOM = 2
-TITLES = {"loss": "loss", "rec": "reconstruction", "kl": "KL of z", "kl_y": "KL of y", "ce": "cross-entropy"}
-COLOURS = dict(zip(TITLES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"), strict=True))
+TITLES = {"loss": "loss", "nelbo": "NELBO", "rec": "reconstruction", "kl": "KL of z", "kl_y": "KL of y"}
+TITLES |= {"ce": "cross-entropy", "acc": "accuracy"}
+COLOURS = "#0072B2 #56B4E9 #D55E00 #009E73 #CC79A7 #000000 #E69F00".split()
 
 
-def of_binary_vae(model: BinaryVAE, x: Tensor) -> list[str]:
-    """Draw 200 samples (E[x given z]), images x (n, 784) above their reconstructions, and curves; return the names."""
+def of_binary_vae(model: BinaryVAE, x: Tensor, test: Images) -> list[str]:
+    """Draw 200 samples (E[x given z]), images x (n, 784) above their reconstructions, interpolations between ten pairs
+    of them, the latent map of the test images, and curves; return the names.
+    """
     with eval_mode(model):
-        samples, decoded = model.sample_sigmoid(200), model.reconstruct(x)
-    pairs = torch.cat([half for pair in zip(x.split(20), decoded.split(20), strict=True) for half in pair])
+        samples, decoded, z = model.sample_sigmoid(200), model.reconstruct(x), model.enc(x)[0]
+        ends = z[torch.arange(10) * len(x) // 10]
+        steps = torch.linspace(0, 1, 12, device=z.device)[:, None]
+        between = model.compute_sigmoid_given(ends[:, None].lerp(ends.roll(-1, 0)[:, None], steps).flatten(0, 1))
+    rows = (F.pad(images, (0, 0, 0, -len(x) % 20)).split(20) for images in (x, decoded))
+    pairs = torch.cat([half for pair in zip(*rows, strict=True) for half in pair])
     folder = log_dir(model.name)
-    return [grid(samples, folder / "samples.png"), grid(pairs, folder / "reconstructions.png"), *curves(folder)]
+    drawn = [grid(samples, folder / "samples.png"), grid(pairs, folder / "reconstructions.png")]
+    drawn += [grid(between, folder / "interpolations.png", 12), latent(model, test, folder / "latent.png")]
+    return drawn + curves(folder)
 
 
 def of_ssvae(model: SSVAE, counts: Tensor) -> list[str]:
@@ -62,23 +74,75 @@ def style_and_content(model: SSVAE | FSVAE, decode: Callable[..., Tensor], path:
         return grid(decode(z.repeat(10, 1), y.repeat_interleave(columns, 0)), path, columns)
 
 
+def latent(model: BinaryVAE, images: Images, path: Path) -> str:
+    """Draw posterior means of at most 10,000 images, coloured by digit, and as crosses a GMVAE's means of the prior.
+
+    Shown is z itself where it has two dimensions, else its two first principal components. Returns the picture's name.
+    """
+    with eval_mode(model):
+        index = torch.arange(min(len(images), 10_000), device=images.labels.device)
+        z = torch.cat([model.enc(images.binary(some))[0] for some in index.split(1000)]).cpu()
+        prior = model.prior()[0][0].detach().cpu() if isinstance(model, GMVAE) else z[:0]
+    centre, axes = z.new_zeros(model.z_dim), torch.eye(model.z_dim)
+    if model.z_dim > 2:
+        centre = z.mean(0)
+        axes = torch.linalg.eigh((z - centre).T @ (z - centre))[1].flip(1)[:, :2]
+        axes = axes * axes.sum(0).sign()  # an eigenvector has no sign of its own
+    z, prior = (F.pad((points - centre) @ axes, (0, max(0, 2 - model.z_dim))) for points in (z, prior))
+    labels = images.labels[index].cpu()
+    figure, axis = pyplot.subplots(figsize=(6.4, 5.6), layout="constrained")
+    for digit in labels.unique().tolist():
+        those = z[labels == digit]
+        colour, name = (f"C{digit}", str(digit)) if digit >= 0 else ("C7", "no label")
+        axis.scatter(*those.T, s=max(3, 2000 / len(z)), color=colour, alpha=0.5, linewidths=0, label=name)
+    axis.scatter(*prior.T, s=12, color="black", marker="x", linewidths=0.6, label="prior" if len(prior) else None)
+    kind = "z" if model.z_dim <= 2 else "principal component"
+    axis.set(
+        xlabel=f"{kind} 1",
+        ylabel=f"{kind} 2" if model.z_dim > 1 else "",
+        title=f"posterior means of {len(z):,} test images",
+    )
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3 if len(z) > 1000 else 1, frameon=False)
+    return _save(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
 def curves(folder: Path) -> list[str]:
-    """Draw the terms of the loss over the steps, from metrics.csv, if it is there; return the picture's name."""
+    """Draw the terms of the loss over the steps, from metrics.csv, if it is there; return the picture's name.
+
+    What test.csv holds of images that were not trained on stands beside the same figure of the training.
+    """
     if not (folder / "metrics.csv").exists():
         return []
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    values = {name: np.array([float(row.get(name, 0)) for row in rows]) for name in TITLES}
-    shown = [name for name in TITLES if values[name].any()] or ["loss"]
+    steps, values = _table(folder / "metrics.csv")
+    values = {name: column for name, column in values.items() if name in TITLES and column.any()}
+    if len(values) > 1 and np.array_equal(values["loss"], values.get("nelbo")):
+        del values["nelbo"]
+    test_steps, found = _table(folder / "test.csv") if (folder / "test.csv").exists() else ([], {})
+    tested = {("nelbo" if "nelbo" in values else "loss"): found.get("nelbo"), "acc": found.get("accuracy")}
+    shown = [name for name in TITLES if name in values] or ["loss"]
     figure, axes = pyplot.subplots(1, len(shown), figsize=(4 * len(shown), 3.2), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], shown, strict=True):
-        axis.plot([int(row["step"]) for row in rows], values[name], color=COLOURS[name], linewidth=1)
-        settled = values[name][len(rows) // 20 :]  # the first steps may leave the picture
+        column = values.get(name, np.zeros(0))
+        axis.plot(steps[: len(column)], column, color=dict(zip(TITLES, COLOURS, strict=True))[name], linewidth=1)
+        settled = column[len(column) // 20 :]  # the first steps may leave the picture
+        if tested.get(name) is not None:
+            axis.plot(test_steps, tested[name], "o--", color="black", markersize=3, linewidth=0.8, label="test images")
+            axis.legend(frameon=False)
+            settled = np.concatenate([settled, tested[name]])
         if len(settled) > 1 and np.ptp(settled):
             axis.set_ylim(settled.min() - 0.1 * np.ptp(settled), settled.max() + 0.1 * np.ptp(settled))
-        axis.set(xlabel="training step", ylabel="nats per image", title=TITLES[name])
+        unit = "share" if name == "acc" else "nats per image"
+        axis.set(xlabel="training step", ylabel=unit, title=TITLES[name])
         axis.grid(alpha=0.3)
     return [_save(folder / "curves.png", lambda file: figure.savefig(file, format="png", dpi=110))]
+
+
+def _table(path: Path) -> tuple[list[int], dict[str, np.ndarray]]:
+    """The steps and the columns of a table."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps = [int(row.pop("step")) for row in rows]
+    return steps, {name: np.array([float(row[name]) for row in rows]) for name in (rows[0] if rows else ())}
 
 
 def confusion(counts: Tensor, path: Path) -> str:

@@ -2,7 +2,6 @@
 
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
-from tqdm import tqdm
 
 from codebase import checkpoint
 from codebase.runtime import report
@@ -28,7 +26,7 @@ COLUMNS = {"train/loss": "loss", "gen/elbo": "nelbo", "gen/kl_z": "kl", "gen/kl_
 COLUMNS |= {"class/ce": "ce", "class/acc": "acc"}  # of metrics.csv, which shows what goes down
 Batch = Callable[[Tensor], tuple[tuple, tuple]]
 Gradient = Callable[..., dict[str, Tensor]]
-OnSave = Callable[[int], Any]
+AtCheckpoint = Callable[[int], dict[str, float]]
 
 
 def order(n: int, batch_size: int, seed: int, start: int, device: str) -> Iterator[Tensor]:
@@ -86,7 +84,7 @@ def choose_gradient(model: nn.Module, batch: Batch, run: Run, group: Processes, 
         print("compiling the step: about 20 s, or 3 s where it is stored from an earlier run", flush=True)
         try:
             first = torch.zeros(run.batch_size, dtype=torch.int64, device=run.device)
-            inputs, shared = batch(first[:PIECE])
+            inputs, shared = batch(first[:1])
             add = compiled_gradient(model, run.device, *inputs, *shared)
             backward(model, batch, first, group, add)
         except Exception as error:
@@ -106,12 +104,13 @@ def backward(
     """Add the gradient of the loss on the images at index to the parameters' grad; return the loss's terms by name.
 
     batch(index) is what model.loss takes: a tuple with a row per image, and a tuple shared by all images. More than
-    1,000 images go through the model in equal pieces of at most that: time grows with the batch, not memory. Of
-    several processes each does its rows of every piece. add: add_gradient, or the same compiled.
+    1,000 images, or samples of them, go through the model in equal pieces of at most that: time grows with the batch,
+    not memory. Of several processes each does its rows of every piece. add: add_gradient, or the same compiled.
     """
     inputs, shared = batch(index)
     sums = torch.zeros((), device=index.device)
-    for piece in zip(*(value.tensor_split(math.ceil(len(index) / PIECE)) for value in inputs), strict=True):
+    pieces = min(math.ceil(len(index) * getattr(model, "train_iw", 1) / PIECE), len(index) // group.size)
+    for piece in zip(*(value.tensor_split(pieces) for value in inputs), strict=True):
         rows = group.rows(len(piece[0]))
         share = (rows.stop - rows.start) / len(index)  # of the batch's images
         with group.noise(len(piece[0])):
@@ -123,10 +122,11 @@ def backward(
 class Training:
     """What the steps of a training change, and how that is saved: weights, optimizer, and the table of the steps."""
 
-    def __init__(self, model: nn.Module, run: Run, state: dict[str, Any] | None, on_save: OnSave):
-        self.model, self.run, self.on_save, table = model, run, on_save, state["table"] if state else {}
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=run.device in ("cpu", "cuda"))
+    def __init__(self, model: nn.Module, run: Run, state: dict[str, Any] | None, at_checkpoint: AtCheckpoint):
+        self.model, self.run, self.at_checkpoint, table = model, run, at_checkpoint, state["table"] if state else {}
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=run.lr, fused=run.device in ("cpu", "cuda"))
         self.step, self.names, self.rows = state["step"] if state else 0, table.get("names", []), table.get("rows", [])
+        self.tests: dict[int, dict[str, float]] = table.get("tests", {})  # what at_checkpoint found, by step
         self.since, self.sums = table.get("since", 0), torch.tensor(table.get("sums", 0.0))  # steps since the last row
         self.began = time.monotonic() - table.get("seconds", 0.0)
         self.compiled = bool(state and state.get("compiled"))  # whether the last steps were
@@ -156,11 +156,8 @@ class Training:
 
     def save_table(self) -> None:
         """Write metrics.csv; a row that is not closed yet comes last."""
-        lines = [["step", *map(COLUMNS.get, self.names), "seconds"], *self.rows] + (
-            [self.row(self.means())] if self.since else []
-        )
-        cells = ([f"{value:.10g}" if isinstance(value, float) else str(value) for value in line] for line in lines)
-        write(log_dir(self.run.name) / "metrics.csv", "".join(",".join(line) + "\n" for line in cells))
+        unfinished = [self.row(self.means())] if self.since else []
+        write_table("metrics", self.run, [["step", *map(COLUMNS.get, self.names), "seconds"], *self.rows, *unfinished])
 
     def check(self) -> None:
         """Raise RunError where a loss or a weight is not finite."""
@@ -173,14 +170,24 @@ class Training:
         self.save_table()
         due = self.step % self.run.iter_save == 0 or self.step == self.run.iter_max
         if self.step and due:
-            self.on_save(self.step)
+            if found := self.at_checkpoint(self.step):
+                self.tests[self.step] = found
             checkpoint.save_model_by_name(self.model, self.step)
+        if self.tests:
+            rows = [[step, *found.values()] for step, found in self.tests.items()]
+            write_table("test", self.run, [["step", *next(iter(self.tests.values()))], *rows])
         table = {"names": self.names, "rows": self.rows, "since": self.since, "sums": self.sums.tolist()}
-        table |= {"seconds": time.monotonic() - self.began}
+        table |= {"seconds": time.monotonic() - self.began, "tests": self.tests}
         state = {"step": self.step, "settings": self.run.settings(), "table": table, "random": random_state()}
         state |= {"compiled": self.compiled}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"]}
         checkpoint.save_state(self.run.name, state)
+
+
+def write_table(name: str, run: Run, rows: list[list[Any]]) -> None:
+    """Write logs/<run>/<name>.csv."""
+    cells = ([f"{value:.10g}" if isinstance(value, float) else str(value) for value in row] for row in rows)
+    write(log_dir(run.name) / f"{name}.csv", "".join(",".join(row) + "\n" for row in cells))
 
 
 @contextmanager
@@ -195,29 +202,28 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def progress_bar(start: int, stop: int, shown: bool) -> tqdm:
-    """A bar on a terminal; elsewhere a plain line every few seconds."""
-    if sys.stderr.isatty():
-        return tqdm(initial=start, total=stop, disable=not shown, dynamic_ncols=True, mininterval=0.5)
-    line = "step {n} of {total}{postfix}, {rate_fmt}\n"
-    return tqdm(initial=start, total=stop, disable=not shown, bar_format=line, mininterval=5, delay=5, unit=" steps")
-
-
 def fit(
-    model: nn.Module, batch: Batch, n: int, run: Run, group: Processes, state: dict[str, Any] | None, on_save: OnSave
+    model: nn.Module,
+    batch: Batch,
+    n: int,
+    run: Run,
+    group: Processes,
+    state: dict[str, Any] | None,
+    at_checkpoint: AtCheckpoint,
 ) -> None:
     """Train the model to step --iter_max, from the stored state if there is one, and store checkpoints on the way.
 
-    batch: see backward; n: the number of training images; on_save(step) is part of each checkpoint. Raises Stopped on
-    SIGINT and SIGTERM, once the state is saved, and RunError where a loss or a weight is not finite.
+    batch: see backward; n: the number of training images; at_checkpoint(step) is called at each checkpoint and returns
+    figures of images that are not trained on, for test.csv. Raises Stopped on SIGINT and SIGTERM, once the state is
+    saved, and RunError where a loss or a weight is not finite.
     """
-    training, stop, written = Training(model, run, state, on_save), 0, time.monotonic()
+    training, stop, written = Training(model, run, state, at_checkpoint), 0, time.monotonic()
     if training.step < run.iter_max:
         add = choose_gradient(model, batch, run, group, training.compiled if training.step else None)
         training.compiled = add is not add_gradient
     parameters = list(model.parameters())
     batches = order(n, run.batch_size, run.seed, training.step, run.device)
-    with caught_signals() as caught, progress_bar(training.step, run.iter_max, group.main) as progress:
+    with caught_signals() as caught, report.progress_bar(training.step, run.iter_max, group.main) as progress:
         if group.main:
             report.config(run)
             training.save()
@@ -233,6 +239,8 @@ def fit(
             if training.step % LOG_EVERY == 0:
                 means = training.means()
                 shown = {name: f"{mean:.2f}" for name, mean in means.items() if name != "nelbo" and mean}
+                newest = training.tests.get(max(training.tests, default=0), {})
+                shown |= {f"test_{name}": f"{value:.5g}" for name, value in list(newest.items())[:1]}
                 progress.set_postfix(shown, refresh=False)
                 training.rows.append(training.row(means))
                 training.since, training.sums = 0, torch.zeros_like(training.sums)
@@ -250,7 +258,7 @@ def fit(
 
 
 def train_or_load(
-    model: nn.Module, batch: Batch, n: int, run: Run, group: Processes, on_save: OnSave = lambda step: None
+    model: nn.Module, batch: Batch, n: int, run: Run, group: Processes, at_checkpoint: AtCheckpoint = lambda step: {}
 ) -> None:
     """Bring the model to step --iter_max: by training or going on (see fit), or from a checkpoint that is there.
 
@@ -264,5 +272,5 @@ def train_or_load(
     if state and state["step"]:
         print(f"going on from step {state['step']:,}")
     began = time.monotonic()
-    fit(model, batch, n, run, group, state, on_save)
+    fit(model, batch, n, run, group, state, at_checkpoint)
     print(f"trained to step {run.iter_max:,} in {timedelta(seconds=round(time.monotonic() - began))}")

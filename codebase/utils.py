@@ -79,8 +79,6 @@ def log_normal_components(z: Tensor, m: Tensor, v: Tensor) -> Tensor:
     if not shared or z.dtype == torch.float64 or z.device.type == "mps":  # mps has no float64
         return log_normal(z.unsqueeze(-2), m, v)
     z64, m, v = z.double(), *torch.broadcast_tensors(m.flatten(0, -2).double(), v.flatten(0, -2).double())
-    if m.shape[-1] != z.shape[-1]:
-        raise ValueError("z and the components differ in their last axis")
     constant = -0.5 * (m.square() / v + torch.log(2 * math.pi * v)).sum(-1)
     return F.linear(torch.cat([z64.square(), z64], -1), torch.cat([-0.5 / v, m / v], -1), constant).to(z.dtype)
 

@@ -79,10 +79,15 @@ def digits_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def main(tmp_path, monkeypatch, capfd):
-    """Call main() of a script in an empty folder with these flags and no others: main("vae", "--iter_max", 20)."""
+    """Call main() of a script in an empty folder with these flags and no others: main("vae", "--iter_max", 20).
 
-    def run(name: str, *flags, cwd=tmp_path) -> subprocess.CompletedProcess:
+    Its plots are stored without being rendered, which takes longer than all else, unless plots=True.
+    """
+
+    def run(name: str, *flags, cwd=tmp_path, plots=False) -> subprocess.CompletedProcess:
         words = [f"run_{name}.py", *map(str, flags)]
+        if not plots:
+            monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **_: file.write(b"a plot"))
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", words)
         before = signal.getsignal(signal.SIGTERM)

@@ -15,6 +15,7 @@ from codebase.runtime import device
 from codebase.runtime.processes import ALONE
 
 MODELS = {"vae": VAE, "gmvae": GMVAE, "ssvae": SSVAE, "ssvae gw=0": lambda: SSVAE(gen_weight=0), "fsvae": FSVAE}
+MODELS |= {"vae train_iw=3": lambda: VAE(train_iw=3), "gmvae train_iw=3": lambda: GMVAE(train_iw=3)}
 
 
 def images(kind: str, count: int):
@@ -58,7 +59,9 @@ def traced(monkeypatch):
 
 @pytest.mark.parametrize("kind, count", [*((kind, 100) for kind in MODELS), ("vae", 250), ("ssvae", 250)])
 def test_the_traced_step_has_the_gradients_and_the_terms_of_the_plain_one(kind, count, traced, monkeypatch):
-    monkeypatch.setattr(train, "PIECE", 100)  # the larger batch goes through in three pieces of two sizes
+    monkeypatch.setattr(
+        train, "PIECE", 100
+    )  # larger batches, and samples of them, go through in three pieces of two sizes
     compare(kind, count)
 
 

@@ -38,6 +38,55 @@ def test_the_test_subset_is_the_courses_to_the_last_bit():
     assert digest == data.COURSE["test_binarized"]["sha256_uint8"]
 
 
+def digest(pixels: torch.Tensor) -> str:
+    return hashlib.sha256(pixels.numpy().astype(np.uint8).tobytes()).hexdigest()
+
+
+def test_the_images_that_come_with_the_package_are_the_courses_to_the_last_bit():
+    """Without MNIST: by the checksum of the subset once binarised, and by that of the labelled images' grey bytes."""
+    test, labelled = data.course("test"), data.course("train")
+    x = data.test_subset(test)
+    assert x.shape == (100, 784) and int(x.sum()) == data.COURSE["test_binarized"]["ones"]
+    assert digest(x) == data.COURSE["test_binarized"]["sha256_uint8"]
+    assert digest(labelled.pixels) == "661bd79754bf9ee105bae5595beb334001007475c0742d641eb8f19d3fca1679"
+    for images in (test, labelled):
+        assert images.pixels.shape == (100, 784) and images.pixels.dtype == torch.uint8
+        assert images.labels.tolist() == [digit for digit in range(10) for _ in range(10)]
+    assert data.COURSE_IMAGES.stat().st_size < 50_000
+
+
+@needs_mnist
+def test_the_images_that_come_with_the_package_are_mnists_own():
+    for split in ("train", "test"):
+        images, course = data.mnist(str(MNIST), split, check=1), data.course(split)
+        positions = images.positions(split)
+        assert torch.equal(images.pixels[positions], course.pixels)
+        assert torch.equal(images.labels[positions], course.labels)
+        if split == "test":
+            assert torch.equal(data.test_subset(images), data.test_subset(course))
+        else:
+            assert torch.equal(data.labelled_set(images).pixels, course.pixels)
+
+
+def evaluating(data_dir, **changes) -> run_vae.Run:
+    return run_vae.Run(**{"data": "mnist", "data_dir": str(data_dir), "device": "cpu", "train": 0} | changes)
+
+
+def test_where_mnist_is_not_there_the_courses_images_take_the_place_of_its_test_split_for_its_subset(tmp_path):
+    images = data.load(evaluating(tmp_path), "test")
+    assert torch.equal(images.pixels, data.course("test").pixels)
+    for needs in ({"test": "all"}, {"train": 1}):
+        with pytest.raises(UsageError, match="t10k-images-idx3-ubyte cannot be read"):
+            data.load(evaluating(tmp_path, **needs), "test")
+
+
+def test_where_mnists_test_split_is_there_it_is_read_whole_even_for_the_subset(published, tmp_path):
+    assert len(data.load(evaluating(tmp_path), "test")) == 10_000
+    flip(published / TEST_FILES[0], -1)
+    with pytest.raises(UsageError, match="SHA-256"):
+        data.load(evaluating(tmp_path), "test")
+
+
 @needs_mnist
 def test_mnist_is_read_whole_with_its_published_classes():
     for split, count in (("train", 60_000), ("test", 10_000)):
@@ -50,11 +99,47 @@ def test_subsets_take_ten_images_of_each_digit_and_keep_the_courses_repetitions(
     images = data.drawn_digits(str(digits_dir), "train", colour=False)
     labelled = data.labelled_set(images)
     assert labelled.labels.tolist() == [digit for digit in range(10) for _ in range(10)]
-    positions = images.positions(data.COURSE["train"])
+    positions = images.positions("train")
     assert torch.equal(images.labels[positions], labelled.labels)
     assert torch.equal(images.pixels[positions], labelled.pixels)
     assert positions[46] == positions[47]  # position 2176 of digit 4 stands in the table twice
     assert len(set(positions.tolist())) == 99
+
+
+@pytest.mark.parametrize("count", [10, 50, 200, 1000, 3000])
+def test_labels_beyond_the_courses_are_as_many_of_each_digit_in_a_fixed_order_and_none_twice(count, digits_dir):
+    images = data.drawn_digits(str(digits_dir), "train", colour=False)
+    each = count // 10
+    positions = images.positions("train", each)
+    assert images.labels[positions].tolist() == [digit for digit in range(10) for _ in range(each)]
+    assert torch.equal(positions, images.positions("train", each))
+    by_digit, course = positions.reshape(10, each), images.positions("train").reshape(10, 10)
+    assert torch.equal(by_digit[:, :10], course[:, :each])  # the course's come first
+    new = by_digit[:, 10:].flatten()
+    assert len(new.unique()) == len(new) and not set(new.tolist()) & set(course.flatten().tolist())
+    more = images.positions("train", each + 10).reshape(10, each + 10)
+    assert torch.equal(more[:, :each], by_digit)  # a larger set holds the smaller one
+    assert each < 20 or new.reshape(10, -1)[3].tolist() != sorted(new.reshape(10, -1)[3].tolist())
+    labelled = data.labelled_set(images, count)
+    assert len(labelled) == count and torch.equal(labelled.pixels, images.pixels[positions])
+
+
+def test_mnist_has_the_labels_that_the_flag_takes():
+    assert min(data.COURSE["class_counts"]["train"]) >= 5000
+
+
+def test_too_few_images_of_a_digit_are_told_with_their_number():
+    images = data.Images(torch.zeros(75, 784, dtype=torch.uint8), torch.arange(75) % 10)
+    assert len(data.labelled_set(images, 70)) == 70
+    with pytest.raises(UsageError, match=r"argument --labels: takes 8 images of each digit, and of 5 there are 7"):
+        data.labelled_set(images, 80)
+
+
+def test_a_split_without_the_courses_images_is_evaluated_on_its_first_hundred():
+    pixels = torch.randint(0, 2, (130, 784), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)) * 255
+    for count, labels in ((130, torch.arange(130) % 10), (130, torch.full((130,), -1)), (7, torch.arange(7))):
+        found = data.test_subset(data.Images(pixels[:count], labels))
+        assert torch.equal(found, (pixels[: min(count, 100)] / 255))
 
 
 def test_binarisation_draws_every_grey_level_with_its_own_probability():
@@ -355,14 +440,15 @@ def test_one_changed_byte_of_an_svhn_file_is_found_by_its_checksum(tmp_path, mon
 def choose(tmp_path, monkeypatch):
     """Which data set a VAE's run has, with these checkpoints stored: choose("auto", train=0, stored=["mnist"]).
 
-    Returns it, and whether a download was tried; arrive: whether that brings the files.
+    Returns it, and whether a download was tried; arrive: whether that brings the files; test: what --test says.
     """
     tried = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", "run_vae.py --z 3 --train 0 --run 4 --train=0".split())
 
-    def run(asked: str, train: int, stored=(), present=False, arrive=False) -> tuple[str, bool]:
-        real = run_vae.Run(z=3, data="mnist", data_dir=str(tmp_path / "data"), train=train, iter_max=300, run=4)
+    def run(asked: str, train: int, stored=(), present=False, arrive=False, test="all") -> tuple[str, bool]:
+        given = {"z": 3, "data_dir": str(tmp_path / "data"), "iter_max": 300, "run": 4}
+        real = run_vae.Run(data="mnist", train=train, test=test, **given)
         runs = {"mnist": real, "digits": replace(real, data="digits")}
         for name in stored:
             path = model_path(runs[name].name, 300)
@@ -422,6 +508,31 @@ def test_a_run_has_the_data_set_that_was_asked_for_or_the_digits_under_auto(
 
 
 @pytest.mark.parametrize(
+    "asked, stored, present, wanted",
+    [
+        ("auto", ["mnist"], False, "mnist"),
+        ("auto", ["mnist"], True, "mnist"),
+        ("auto", ["mnist", "digits"], False, "mnist"),
+        ("auto", ["digits"], False, "digits"),
+        ("mnist", ["mnist"], False, "mnist"),
+        ("mnist", ["mnist", "digits"], False, "mnist"),
+        ("digits", ["mnist", "digits"], True, "digits"),
+    ],
+)
+def test_to_evaluate_on_the_courses_images_nothing_is_downloaded_and_no_file_is_needed(
+    choose, capsys, asked, stored, present, wanted
+):
+    assert choose(asked, 0, stored, present, arrive=True, test="subset") == (wanted, False)
+    assert ("DRAWN DIGITS" in capsys.readouterr().out) == (asked == "auto" and wanted == "digits")
+
+
+@pytest.mark.parametrize("arrive, wanted", [(True, "mnist"), (False, "digits")])
+def test_to_train_takes_the_files_whatever_is_evaluated(choose, arrive, wanted):
+    assert choose("auto", 1, arrive=arrive, test="subset") == (wanted, True)
+
+
+@pytest.mark.parametrize("test", ["subset", "all"])
+@pytest.mark.parametrize(
     "asked, stored, present, missing",
     [
         ("auto", [], False, "mnist"),
@@ -431,14 +542,14 @@ def test_a_run_has_the_data_set_that_was_asked_for_or_the_digits_under_auto(
         ("digits", ["mnist"], True, "digits"),
     ],
 )
-def test_a_missing_checkpoint_is_named_before_anything_is_downloaded(choose, asked, stored, present, missing):
+def test_a_missing_checkpoint_is_named_before_anything_is_downloaded(choose, asked, stored, present, missing, test):
     model_path("model=vae_z=03_run=0004", 200).parent.mkdir(parents=True)
     model_path("model=vae_z=03_run=0004", 200).touch()
     if "mnist" in stored:
         model_path("model=vae_z=03_run=0004", 300).touch()
         stored = []
     with pytest.raises(Missing) as caught:
-        choose(asked, 0, stored, present, arrive=True)
+        choose(asked, 0, stored, present, arrive=True, test=test)
     assert not choose.tried
     name = {"mnist": "model=vae_z=03_run=0004", "digits": "model=vae_z=03_data=digits_run=0004"}[missing]
     steps = {"mnist": "200", "digits": "none"}[missing]

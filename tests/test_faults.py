@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NAMES, ROOT, checkpoint_steps, command, needs_compiler, same, start, table, tree, wait_for
+from conftest import NAMES, ROOT, Largest, checkpoint_steps, command, needs_compiler, same, start, table, tree, wait_for
 from matplotlib import image
 from matplotlib.figure import Figure
 
 from codebase import checkpoint, data, evaluate, train
 from codebase.models import nns
 from codebase.models.vae import VAE
-from codebase.runtime import files
+from codebase.runtime import files, report
 from codebase.runtime.processes import Processes
 
 LENGTHS = {"vae": 600, "gmvae": 500, "ssvae": 160, "fsvae": 200}
@@ -112,7 +112,8 @@ def test_whatever_file_a_run_fails_at_the_same_command_ends_as_if_nothing_had_be
     names = renames()
     assert small("whole").returncode == 0
     wanted = content(tmp_path / "whole")
-    assert {"metrics.csv", "samples-0000003.png", "model-00003.pt", "state.pt", "results.json"} <= set(names)
+    assert {"metrics.csv", "test.csv", "samples-0000003.png", "model-00003.pt", "results.json"} <= set(names)
+    assert "state.pt" in names
     for k, name in enumerate(names, start=1):
         folder = f"{k}, {name}"
         for attempt, fault in enumerate(faults):  # the second fails later, or at nothing
@@ -148,8 +149,8 @@ def test_the_state_is_written_last_of_every_save(small, renames):
     first, *saves = "\n".join(names).split("state.pt")
     assert first.split() == ["metrics.csv"]  # a start has its state too
     for step, save in zip((3, 6), saves, strict=False):
-        assert {"metrics.csv", f"samples-{step:07d}.png", f"model-{step:05d}.pt"} <= set(save.split())
-    assert not {"metrics.csv", "model-00006.pt"} & set(saves[2].split())
+        assert {"metrics.csv", "test.csv", f"samples-{step:07d}.png", f"model-{step:05d}.pt"} <= set(save.split())
+    assert not {"metrics.csv", "test.csv", "model-00006.pt"} & set(saves[2].split())
 
 
 @pytest.mark.parametrize("stop", [3, 6])
@@ -228,7 +229,7 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(number, code, tmp_path, 
 LATE = {  # what is called after the last step's signals were looked at
     "the last step": (train.Training, "add"),
     "the last save": (checkpoint, "save_state"),
-    "the end of training": (train.tqdm, "close"),
+    "the end of training": (report.tqdm, "close"),
     "evaluation": (evaluate, "bounds"),
 }
 
@@ -436,27 +437,47 @@ def test_ssvae_with_a_batch_of_ten_thousand_fits_in_two_gigabytes(tmp_path, digi
     assert int(found.stdout) < 2_000_000  # kilobytes
 
 
-@pytest.mark.parametrize("count", [240, 250])
-def test_the_pieces_of_a_large_batch_make_the_gradient_and_the_terms_of_the_whole(count, monkeypatch):
-    found = []
+@pytest.mark.parametrize("count, train_iw", [(240, 1), (250, 1), (100, 5), (30, 40)])
+def test_the_pieces_of_a_large_batch_make_the_gradient_and_the_terms_of_the_whole(count, train_iw, monkeypatch):
+    """A batch of many images, or of many samples of each: of eighty at most, or of one image."""
+    found, sizes = [], []
     pixels = torch.randint(0, 256, (count, 784), dtype=torch.uint8)
-    noise = torch.randn(count, 10)
-    for piece in (1000, 80):
+    noise = torch.randn(train_iw, count, 10, dtype=torch.float64)
+
+    def batch(index):
+        return (data.binarize(pixels[index]).double(),), ()
+
+    for piece in (10_000, 80):
         monkeypatch.setattr(train, "PIECE", piece)
         left = noise.clone()
 
         def draw(like):
             nonlocal left
-            drawn, left = left[: len(like)], left[len(like) :]
-            return drawn
+            rows = like.shape[-2]
+            drawn, left = left[:, :rows], left[:, rows:]
+            sizes.append(like.numel() // 10)
+            return drawn.reshape(like.shape)
 
         monkeypatch.setattr(torch, "randn_like", draw)
         torch.manual_seed(0)
-        model = VAE()
-        _, terms = train.backward(model, lambda i: ((data.binarize(pixels[i]),), ()), torch.arange(count), Processes())
+        model = VAE(train_iw=train_iw).double()
+        _, terms = train.backward(model, batch, torch.arange(count), Processes())
         found.append([terms, *(parameter.grad for parameter in model.parameters())])
-        assert not len(left)
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+        assert not left.numel()
+    assert sizes[0] == count * train_iw == sum(sizes[1:]) and max(sizes[1:]) <= 80
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def test_a_large_number_of_samples_needs_no_more_memory_than_a_small_one():
+    sizes = []
+    for train_iw in (10, 100):
+        model, pixels = VAE(train_iw=train_iw), torch.zeros(100, 784, dtype=torch.uint8)
+        with Largest() as largest:
+            train.backward(
+                model, lambda i, pixels=pixels: ((data.binarize(pixels[i]),), ()), torch.arange(100), Processes()
+            )
+        sizes.append(largest.bytes)
+    assert sizes[0] == sizes[1]
 
 
 def test_four_replicates_at_once_give_the_figures_of_one_after_another(tmp_path, digits_dir, script):

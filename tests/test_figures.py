@@ -1,4 +1,4 @@
-"""The pictures: which image stands where, upright and in its colours; which number belongs to which axis."""
+"""The pictures: which image stands where, upright and in its colours; which number belongs to which axis or point."""
 
 import csv
 from pathlib import Path
@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import image
+from matplotlib.colors import to_rgba
 
 from codebase import figures
+from codebase.data import Images
 from codebase.models.fsvae import FSVAE
+from codebase.models.gmvae import GMVAE
 from codebase.models.ssvae import SSVAE
 from codebase.models.vae import VAE
 
@@ -55,13 +58,32 @@ def test_a_single_bright_pixel_is_where_it_should_be(tmp_path):
         assert bright == [[side + 5, 3 * side + 9, channel] for channel in channels]
 
 
-def test_reconstructions_stand_below_their_images_and_samples_in_rows_of_twenty(tmp_path, monkeypatch):
+def inked(n: int, labels: list[int] | None = None) -> Images:
+    """A split of n images of black and white pixels, which are binarised to what they are; labels 0, ... 9, 0, ..."""
+    pixels = torch.bernoulli(torch.full((n, 784), 0.3), generator=torch.Generator().manual_seed(n)) * 255
+    return Images(pixels.to(torch.uint8), torch.arange(n) % 10 if labels is None else torch.tensor(labels))
+
+
+def spread_out(model):
+    """Have the posterior means and what is decoded from them differ from image to image by far more than a byte."""
+    with torch.no_grad():
+        model.enc.net[4].weight.mul_(20)
+        model.dec.net[0].weight.mul_(10)
+        model.dec.net[4].weight.mul_(10)
+    return model
+
+
+@pytest.mark.parametrize("kind", [VAE, GMVAE])
+def test_reconstructions_stand_below_their_images_and_samples_in_rows_of_twenty(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    model, x, samples = VAE(name="run"), torch.bernoulli(torch.full((100, 784), 0.3)), torch.rand(200, 784)
+    model, x, samples = spread_out(kind(name="run")), inked(100).pixels / 255, torch.rand(200, 784)
     decoded = model.reconstruct(x).detach()
+    assert (decoded[0] - decoded[1]).abs().max() > 0.1
     model.sample_sigmoid = lambda batch: samples[:batch]
-    assert figures.of_binary_vae(model, x) == ["samples.png", "reconstructions.png"]
+    names = ["samples.png", "reconstructions.png", "interpolations.png", "latent.png"]
+    assert figures.of_binary_vae(model, x, inked(30)) == names
+    assert {path.name for path in (tmp_path / "logs/run").iterdir()} == set(names)
     shown = picture(tmp_path / "logs/run/reconstructions.png")
     assert shown.shape == (10 * 28, 20 * 28, 3)
     for i in range(100):
@@ -70,6 +92,42 @@ def test_reconstructions_stand_below_their_images_and_samples_in_rows_of_twenty(
     shown = picture(tmp_path / "logs/run/samples.png")
     for i in range(200):
         assert_shows(tile(shown, i // 20, i % 20, 28), samples[i])
+
+
+@pytest.mark.parametrize("n", [100, 7])
+def test_interpolations_are_ten_pairs_of_images_with_twelve_even_steps_from_one_to_the_other(n, tmp_path, monkeypatch):
+    """The first column is a reconstruction of one image of each tenth of them, the last that of the next row's."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model, x = spread_out(VAE(name="run")), inked(n).pixels / 255
+    figures.of_binary_vae(model, x, inked(30))
+    shown = picture(tmp_path / "logs/run/interpolations.png")
+    assert shown.shape == (10 * 28, 12 * 28, 3)
+    decoded, z = model.reconstruct(x).detach(), model.enc(x)[0].detach()
+    for row in range(10):
+        first, last = row * n // 10, (row + 1) % 10 * n // 10
+        assert_shows(tile(shown, row, 0, 28), decoded[first])
+        assert_shows(tile(shown, row, 11, 28), decoded[last])
+        for step in range(12):
+            between = z[first] + (z[last] - z[first]) * step / 11
+            assert_shows(tile(shown, row, step, 28), model.compute_sigmoid_given(between[None])[0].detach())
+    if n == 100:  # the course's images are ten of each digit: every row goes from a digit to the next
+        assert not torch.equal(tile(shown, 3, 0, 28), tile(shown, 3, 11, 28))
+        assert torch.equal(tile(shown, 3, 11, 28), tile(shown, 4, 0, 28))
+
+
+def test_a_last_row_of_fewer_than_twenty_images_is_filled_up_with_black(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model, x = spread_out(VAE(name="run")), inked(27).pixels / 255
+    decoded = model.reconstruct(x).detach()
+    figures.of_binary_vae(model, x, inked(30))
+    shown = picture(tmp_path / "logs/run/reconstructions.png")
+    assert shown.shape == (4 * 28, 20 * 28, 3)
+    for i in range(40):
+        row, column = 2 * (i // 20), i % 20
+        assert_shows(tile(shown, row, column, 28), x[i] if i < 27 else torch.zeros(784))
+        assert_shows(tile(shown, row + 1, column, 28), decoded[i] if i < 27 else torch.zeros(784))
 
 
 @pytest.mark.parametrize(
@@ -132,20 +190,158 @@ def test_the_confusion_matrix_has_true_digits_as_rows_and_assigned_ones_as_colum
     assert first > last  # the zero is at the top
 
 
+def points(axis) -> dict[str, torch.Tensor]:
+    """Where each entry of a map's legend has its points, (n, 2); the legend names every one of them."""
+    found = {marks.get_label(): torch.tensor(np.asarray(marks.get_offsets())) for marks in axis.collections}
+    found = {name: at for name, at in found.items() if len(at)}
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == list(found)
+    return found
+
+
+@pytest.mark.parametrize("kind, settings", [(VAE, {}), (GMVAE, {"k": 7})])
+def test_a_latent_map_of_two_dimensions_shows_z_itself_in_a_colour_for_each_digit(kind, settings, axes, tmp_path):
+    torch.manual_seed(0)
+    model, images = spread_out(kind(z_dim=2, **settings)), inked(34)  # four digits have an image more
+    z = model.enc(images.pixels / 255)[0].detach().double()
+    assert figures.latent(model, images, tmp_path / "latent.png") == "latent.png"
+    (axis,) = axes
+    found = points(axis)
+    assert [name for name in found if name != "prior"] == list("0123456789")
+    for digit in range(10):
+        torch.testing.assert_close(found[str(digit)].double(), z[images.labels == digit], rtol=1e-4, atol=1e-4)
+    if kind is GMVAE:
+        torch.testing.assert_close(found["prior"].float(), model.prior()[0][0].detach(), rtol=1e-4, atol=1e-5)
+    else:
+        assert "prior" not in found
+    for marks in axis.collections[:10]:
+        assert tuple(marks.get_facecolor()[0])[:3] == to_rgba(f"C{marks.get_label()}")[:3]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("z 1", "z 2") and "34 test images" in axis.get_title()
+
+
+@pytest.mark.parametrize("kind, settings", [(VAE, {}), (GMVAE, {"k": 7})])
+def test_a_latent_map_of_more_dimensions_shows_the_two_directions_in_which_the_means_vary_most(
+    kind, settings, axes, tmp_path
+):
+    torch.manual_seed(0)
+    model, images = spread_out(kind(z_dim=10, **settings)), inked(50)
+    z = model.enc(images.pixels / 255)[0].detach()
+    figures.latent(model, images, tmp_path / "latent.png")
+    (axis,) = axes
+    found = points(axis)
+    shown = torch.cat([found[str(digit)] for digit in range(10)]).float()
+    ordered = torch.cat([z[images.labels == digit] for digit in range(10)])
+    centred = ordered - ordered.mean(0)
+    directions = torch.linalg.svd(centred, full_matrices=False)[2][:2].T
+    wanted = centred @ directions
+    signs = (wanted * shown).sum(0).sign()
+    torch.testing.assert_close(shown, wanted * signs, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+    assert shown[:, 0].var() > shown[:, 1].var()
+    if kind is GMVAE:  # on the same map
+        prior = (model.prior()[0][0].detach() - ordered.mean(0)) @ directions * signs
+        torch.testing.assert_close(found["prior"].float(), prior, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+    assert axis.get_xlabel() == "principal component 1" and axis.get_ylabel() == "principal component 2"
+
+
+def test_a_latent_map_of_one_dimension_is_a_line(axes, tmp_path):
+    torch.manual_seed(0)
+    model, images = spread_out(GMVAE(z_dim=1, k=3)), inked(20)
+    figures.latent(model, images, tmp_path / "latent.png")
+    found = points(axes[0])
+    z = model.enc(images.pixels / 255)[0].detach()
+    for digit in range(10):
+        wanted = torch.cat([z[images.labels == digit], torch.zeros(2, 1)], 1)
+        torch.testing.assert_close(found[str(digit)].float(), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["prior"][:, :1].float(), model.prior()[0][0].detach(), rtol=1e-4, atol=1e-5)
+    assert not found["prior"][:, 1].any()
+
+
+@pytest.mark.parametrize("labels, wanted", [([-1] * 12, ["no label"]), ([3] * 6 + [-1] * 6, ["no label", "3"])])
+def test_images_without_labels_are_shown_as_such(labels, wanted, axes, tmp_path):
+    torch.manual_seed(0)
+    figures.latent(VAE(z_dim=2), inked(12, labels), tmp_path / "latent.png")
+    found = points(axes[0])
+    assert list(found) == wanted and sum(map(len, found.values())) == 12
+
+
+def test_a_latent_map_shows_at_most_ten_thousand_images(axes, tmp_path):
+    few = inked(100)
+    many = Images(few.pixels.repeat(101, 1), few.labels.repeat(101))
+    figures.latent(VAE(z_dim=2), many, tmp_path / "latent.png")
+    assert sum(map(len, points(axes[0]).values())) == 10_000 and "10,000 test images" in axes[0].get_title()
+
+
+STEPS = [100, 200, 230]
+
+
+def store_curves(folder: Path, columns: dict, tested: dict | None = None) -> None:
+    """Write metrics.csv and, of two checkpoints, test.csv."""
+    with (folder / "metrics.csv").open("w") as file:
+        rows = zip(STEPS, *columns.values(), [1, 2, 3], strict=True)
+        csv.writer(file).writerows([["step", *columns, "seconds"], *rows])
+    if tested:
+        with (folder / "test.csv").open("w") as file:
+            csv.writer(file).writerows([["step", *tested], *zip([100, 230], *tested.values(), strict=True)])
+
+
+def drawn_curves(axes: list) -> dict[str, list]:
+    """The x and y of every line under each title."""
+    return {axis.get_title(): [line.get_xydata().T.tolist() for line in axis.lines] for axis in axes}
+
+
 def test_the_curves_show_each_term_of_the_table_over_the_steps(axes, tmp_path):
     columns = {"loss": [9, 8, 7], "nelbo": [6, 5, 4], "kl": [3, 2, 1], "kl_y": [0, 0, 0], "rec": [7, 6, 6.5]}
-    steps = [100, 200, 230]
-    rows = zip(steps, *columns.values(), [1, 2, 3], strict=True)
-    with (tmp_path / "metrics.csv").open("w") as file:
-        csv.writer(file).writerows([["step", *columns, "seconds"], *rows])
+    store_curves(tmp_path, columns | {"ce": [0.5, 0.4, 0.3], "acc": [0.7, 0.8, 0.9]})
     assert figures.curves(tmp_path) == ["curves.png"]
-    drawn = {axis.get_title(): axis.lines[0].get_xydata().T.tolist() for axis in axes}
-    assert drawn == {
-        "loss": [steps, columns["loss"]],
-        "reconstruction": [steps, columns["rec"]],
-        "KL of z": [steps, columns["kl"]],
+    assert drawn_curves(axes) == {
+        "loss": [[STEPS, columns["loss"]]],
+        "NELBO": [[STEPS, columns["nelbo"]]],
+        "reconstruction": [[STEPS, columns["rec"]]],
+        "KL of z": [[STEPS, columns["kl"]]],
+        "cross-entropy": [[STEPS, [0.5, 0.4, 0.3]]],
+        "accuracy": [[STEPS, [0.7, 0.8, 0.9]]],
     }
-    assert {(axis.get_xlabel(), axis.get_ylabel()) for axis in axes} == {("training step", "nats per image")}
+    for axis in axes:
+        unit = "share" if axis.get_title() == "accuracy" else "nats per image"
+        assert (axis.get_xlabel(), axis.get_ylabel()) == ("training step", unit)
+
+
+def test_a_loss_that_is_the_nelbo_is_drawn_once(axes, tmp_path):
+    store_curves(tmp_path, {"loss": [6, 5, 4], "nelbo": [6, 5, 4], "kl": [3, 2, 1], "rec": [3, 3, 3]})
+    figures.curves(tmp_path)
+    assert set(drawn_curves(axes)) == {"loss", "reconstruction", "KL of z"}
+
+
+LOSS, BOUND = {"loss": [9, 8, 7], "kl": [3, 2, 1]}, {"nelbo": [6, 5, 4]}
+FOUND = {"nelbo": [6.5, 4.5], "kl": [2.5, 2], "rec": [4, 2.5]}
+
+
+@pytest.mark.parametrize(
+    "columns, tested, panel",
+    [
+        (LOSS | {"nelbo": LOSS["loss"]}, FOUND, "loss"),
+        (LOSS | BOUND, FOUND, "NELBO"),  # weighted, or L_m: the loss is of another kind
+        (LOSS | {"acc": [0.7, 0.8, 0.9]}, {"accuracy": [0.6, 0.65]}, "accuracy"),
+    ],
+)
+def test_what_was_found_on_test_images_stands_beside_the_same_figure_of_the_training(
+    columns, tested, panel, axes, tmp_path
+):
+    store_curves(tmp_path, columns, tested)
+    assert figures.curves(tmp_path) == ["curves.png"]
+    drawn = drawn_curves(axes)
+    assert drawn[panel][1:] == [[[100, 230], next(iter(tested.values()))]]
+    assert all(len(curves) == 1 for title, curves in drawn.items() if title != panel)
+    (axis,) = (axis for axis in axes if axis.get_title() == panel)
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["test images"]
+    low, high = axis.get_ylim()
+    assert low < min(next(iter(tested.values()))) and high > max(next(iter(tested.values())))  # none is cut off
+
+
+def test_a_table_of_checkpoints_without_figures_adds_nothing_to_the_curves(axes, tmp_path):
+    store_curves(tmp_path, LOSS)
+    (tmp_path / "test.csv").write_text("step\n100\n230\n")
+    assert figures.curves(tmp_path) == ["curves.png"]
+    assert all(len(curves) == 1 for curves in drawn_curves(axes).values())
 
 
 @pytest.mark.parametrize("rows", [0, 1])

@@ -16,6 +16,8 @@ from codebase.models.fsvae import FSVAE
 from codebase.models.gmvae import GMVAE
 from codebase.models.ssvae import SSVAE
 from codebase.models.vae import VAE
+from codebase.runtime import report
+from codebase.runtime.processes import Processes
 
 KINDS = {"vae": VAE, "gmvae": GMVAE, "ssvae": SSVAE, "fsvae": FSVAE}
 BINARY = pytest.mark.parametrize("kind, settings", [("vae", {}), ("gmvae", {"k": 20})])
@@ -243,6 +245,33 @@ def test_the_iwae_bound_is_the_log_mean_of_the_importance_weights(kind, settings
     torch.testing.assert_close((kl, rec), (kl_z.mean(), -log_p_x.mean()), rtol=1e-5, atol=1e-4)
 
 
+@BINARY
+def test_a_model_trained_on_the_iwae_bound_has_it_as_its_loss_beside_the_terms_of_the_elbo(kind, settings):
+    model, x = spread_out(made(kind, **settings, train_iw=5)), binary(20)
+    torch.manual_seed(1)
+    niwae, kl, rec = model.negative_iwae_bound(x, 5)
+    wanted = torch.autograd.grad(niwae, list(model.parameters()))
+    torch.manual_seed(1)
+    loss, summaries = model.loss(x)
+    torch.testing.assert_close((loss, summaries["train/loss"]), (niwae, niwae), rtol=0, atol=0)
+    torch.testing.assert_close(summaries["gen/elbo"], -(kl + rec))
+    torch.testing.assert_close((summaries["gen/kl_z"], summaries["gen/rec"]), (kl, rec))
+    assert loss < kl + rec - 1  # by far another value
+    torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), wanted, rtol=0, atol=0)
+
+
+@BINARY
+def test_one_sample_is_trained_on_as_ever(kind, settings):
+    x, found = binary(20), []
+    for given in ({}, {"train_iw": 1}):
+        model = made(kind, **settings, **given)
+        torch.manual_seed(1)
+        found.append(model.loss(x)[0])
+        torch.manual_seed(1)
+        assert torch.equal(found[-1], model.negative_elbo_bound(x)[0])
+    assert torch.equal(*found)
+
+
 class Loss(torch.nn.Module):
     """A model's loss as a module that can be called."""
 
@@ -461,6 +490,91 @@ def test_bounds_and_the_models_own_iwae_bound_agree_at_the_same_samples(kind, se
     found = evaluate.bounds(model, x, (200,), seed=6)
     torch.manual_seed(6)
     assert found["niwae_200"] == pytest.approx(model.negative_iwae_bound(x, 200)[0].item(), abs=1e-3)
+
+
+@BINARY
+@pytest.mark.parametrize("count, chunk", [(230, 1000), (230, 100), (100, 1000), (200, 300)])
+def test_bounds_of_many_images_are_the_average_of_those_of_their_pieces(kind, settings, count, chunk, monkeypatch):
+    """Every piece of a hundred has samples of its own, the first one those that it has alone."""
+    monkeypatch.setattr(evaluate, "chunk_rows", lambda *_: chunk)
+    model, x, ms = spread_out(made(kind, **settings)), binary(count), (1, 10, 130)
+    found, pieces = evaluate.bounds(model, x, ms, seed=3), x.split(100)
+    alone = []
+    for number, piece in enumerate(pieces):  # in chunks of as many samples
+        rows = chunk // 100 * len(piece)
+        monkeypatch.setattr(evaluate, "chunk_rows", lambda *_, rows=rows: rows)
+        alone.append(evaluate.bounds(model, piece, ms, seed=3 + 10**9 * number))
+    for name, value in found.items():
+        mean = sum(piece[name] * len(images) for piece, images in zip(alone, pieces, strict=True)) / count
+        assert value == pytest.approx(mean, rel=1e-6), name
+    assert found.keys() == alone[0].keys() and (count > 100) == (found != alone[0])
+
+
+@BINARY
+def test_bounds_of_equal_images_in_different_pieces_have_different_samples(kind, settings, monkeypatch):
+    model, x, drawn = spread_out(made(kind, **settings)), binary(100).repeat(2, 1), []
+    model.dec.register_forward_pre_hook(lambda module, inputs: drawn.append(inputs[0]))
+    evaluate.bounds(model, x, ())
+    first, second = torch.cat(drawn).flatten(0, 1).reshape(2, -1, 10)
+    assert not (first == second).any()
+
+
+EARLIER = {  # what revisions that took a hundred images at most found, with 100 evaluations of each
+    "vae": {
+        "nelbo": 1647.79004, "kl": 0.36987, "rec": 1647.42017, "niwae_1": 1647.79175, "niwae_10": 1169.41504,
+        "niwae_150": 921.79218, "ess_1": 1.0, "ess_10": 1.00656, "ess_150": 1.01766,
+    },
+    "gmvae": {
+        "nelbo": 1647.50708, "kl": 0.0868, "rec": 1647.42017, "niwae_1": 1647.50708, "niwae_10": 1168.31372,
+        "niwae_150": 920.35468, "ess_1": 1.0, "ess_10": 1.00643, "ess_150": 1.0175,
+    },
+}  # fmt: skip
+
+
+@BINARY
+def test_bounds_of_a_hundred_images_are_those_of_earlier_revisions(kind, settings):
+    found = evaluate.bounds(spread_out(made(kind, **settings)), binary(100), (1, 10, 150))
+    assert found == pytest.approx(EARLIER[kind], rel=1e-4)
+
+
+@BINARY
+def test_the_memory_of_an_evaluation_does_not_grow_with_the_number_of_images(kind, settings):
+    model, sizes = made(kind, **settings), []
+    for n in (100, 300):
+        x = binary(n)
+        with Largest() as largest:
+            evaluate.bounds(model, x, (1,))
+        sizes.append(largest.bytes)
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("x", [255 * binary(3), binary(3) - 0.01, binary(3) + 0.01, binary(3) * float("nan")])
+def test_bounds_of_pixels_outside_zero_to_one_are_refused_with_the_range(x):
+    with pytest.raises(ValueError, match=r"pixels in \[0, 1\], not from (nan|-?[\d.]+) to (nan|[\d.]+)"):
+        evaluate.bounds(made("vae"), x, ())
+
+
+def test_bounds_of_grey_pixels_are_taken():
+    assert math.isfinite(evaluate.bounds(made("vae"), binary(3) * 0.5, ())["nelbo"])
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_a_long_evaluation_shows_how_far_it_is_where_it_is_wanted(main, capsys, monkeypatch):
+    """In the main process alone; delay and interval are those of a bar that is never too early."""
+    bar, always = report.tqdm, {"delay": 0, "mininterval": 0, "miniters": 1, "position": 0}
+    monkeypatch.setattr(report, "tqdm", lambda **words: bar(**words | always))
+    group = Processes()
+    group.main = main
+    wanted = evaluate.bounds(made("vae"), binary(250), (1,), group=group)
+    assert capsys.readouterr().err == ""
+    assert evaluate.bounds(made("vae"), binary(250), (1,), group=group, progress=True) == wanted
+    said = [line.split(",")[0] for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert said == (said and [f"chunk {done} of 30" for done in (*range(31), 30)]) and bool(said) == main
+
+
+def test_an_evaluation_of_a_few_seconds_shows_no_progress(capsys):
+    evaluate.bounds(made("vae"), binary(100), (1,), progress=True)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import NAMES, ROOT, checkpoint_steps, table, torchrun, tree, weights
@@ -86,13 +87,21 @@ def send(number):
 """
 
 
-@pytest.mark.parametrize("model", ["ssvae", pytest.param("fsvae", marks=pytest.mark.long)])
-def test_two_processes_train_the_same_model_as_one(model, folders, digits_dir, script):
+@pytest.mark.parametrize(
+    "model, flags, part",
+    [
+        ("ssvae", [], ""),
+        pytest.param("ssvae", ["--labels", 200], "_labels=200", marks=pytest.mark.long),
+        pytest.param("gmvae", ["--train_iw", 5], "_train_iw=5", marks=pytest.mark.long),
+        pytest.param("fsvae", [], "", marks=pytest.mark.long),
+    ],
+)
+def test_two_processes_train_the_same_model_as_one(model, flags, part, folders, digits_dir, script):
     one, many = folders
-    alone = script(model, *SHORT, cwd=one)
-    together = torchrun(2, model, many, digits_dir, *SHORT)
+    alone = script(model, *SHORT, *flags, cwd=one)
+    together = torchrun(2, model, many, digits_dir, *SHORT, *flags)
     assert together.returncode == 0, together.stderr
-    assert_same_training(one, many, NAMES[model])
+    assert_same_training(one, many, NAMES[model].replace("_data", f"{part}_data"))
     assert last_figure(together) == pytest.approx(last_figure(alone), rel=1e-3)
     assert together.stdout.count("trained to step") == 1 and "steps: plain (2 processes)" in together.stdout
 
@@ -123,6 +132,26 @@ def test_a_run_goes_on_with_more_processes_and_evaluation_shares_the_samples(fol
     alone, together = script("gmvae", *flags, cwd=many), torchrun(3, "gmvae", many, digits_dir, *flags)
     for ours, wanted in zip(together.stdout.splitlines()[-4:], alone.stdout.splitlines()[-4:], strict=True):
         assert float(ours.split(": ")[-1]) == pytest.approx(float(wanted.split(": ")[-1]), rel=1e-4)
+
+
+def test_training_on_the_iwae_bound_of_ones_own_images_and_the_bounds_of_all_test_images_are_shared(
+    folders, digits_dir, script
+):
+    """With pieces of several samples of a batch, and pieces of a hundred test images."""
+    (one, many), name = folders, "model=vae_z=10_train_iw=15_data=mine_run=0000"
+    pixels = np.random.RandomState(0).randint(0, 256, (330, 784)).astype(np.uint8)
+    np.savez(one.parent / "mine.npz", x=pixels[:200], x_test=pixels[200:])
+    flags = (*SHORT, "--train_iw", 15, "--test", "all", "--data", one.parent / "mine.npz")
+    alone, together = script("vae", *flags, cwd=one), torchrun(2, "vae", many, digits_dir, *flags)
+    assert together.returncode == 0, together.stderr
+    assert_same_training(one, many, name)
+    assert last_figure(together) == pytest.approx(last_figure(alone), rel=1e-4)
+    figures = [json.loads((folder / "logs" / name / "results.json").read_text())["figures_all"] for folder in folders]
+    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
+    rows = [(folder / "logs" / name / "test.csv").read_text().split() for folder in folders]
+    assert len(rows[0]) == len(rows[1]) == 3  # one process writes them
+    for row, wanted in zip(rows[1][1:], rows[0][1:], strict=True):
+        assert list(map(float, row.split(","))) == pytest.approx(list(map(float, wanted.split(","))), rel=1e-4)
 
 
 def test_a_failed_run_ends_all_processes_with_one_line_and_its_series(wrapped, tmp_path):

@@ -21,7 +21,7 @@ from scipy.io import savemat
 from codebase import checkpoint, data, digits, evaluate, train
 from codebase.models.fsvae import FSVAE
 from codebase.models.vae import VAE
-from codebase.runtime import fetch, options
+from codebase.runtime import fetch, options, report
 from codebase.runtime.launch import launch
 from codebase.runtime.processes import Processes
 
@@ -29,8 +29,8 @@ NUMBER = r"-?\d+\.\d+(e-?\d+)?"
 BOUND = rf"NELBO: {NUMBER}\. KL: {NUMBER}\. Rec: {NUMBER}"
 ACCURACY = r"Test set classification accuracy: 0\.\d+"
 PICTURES = {
-    "vae": {"samples.png", "reconstructions.png", "curves.png"},
-    "gmvae": {"samples.png", "reconstructions.png", "curves.png"},
+    "vae": {"samples.png", "reconstructions.png", "interpolations.png", "latent.png", "curves.png"},
+    "gmvae": {"samples.png", "reconstructions.png", "interpolations.png", "latent.png", "curves.png"},
     "ssvae": {"confusion.png", "styles.png", "curves.png"},
     "fsvae": {"samples.png", "samples-0000060.png", "samples-0000100.png", "curves.png"},
 }
@@ -50,6 +50,12 @@ def refusal(result) -> str:
 
 def results(folder: Path, name: str) -> dict:
     return json.loads((folder / "logs" / name / "results.json").read_text())
+
+
+def watched(folder: Path, name: str) -> list[dict[str, str]]:
+    """test.csv: what was found at each checkpoint on images that are not trained on."""
+    with (folder / "logs" / name / "test.csv").open() as file:
+        return list(csv.DictReader(file))
 
 
 def state(folder: Path, name: str) -> dict:
@@ -197,6 +203,92 @@ def test_replicates_are_summarised_and_a_failed_run_is_reported(script, tmp_path
     assert summary["figures"]["nelbo"]["standard_error"] == pytest.approx(abs(values[0] - values[1]) / 2)
 
 
+# What is watched on images that are not trained on
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Have the scripts load the first 1,500 images of a split alone."""
+    load = data.load
+
+    def first(run, split):
+        images = load(run, split)
+        return data.Images(images.pixels[:1500], images.labels[:1500])
+
+    monkeypatch.setattr(data, "load", first)
+
+
+BOUNDS = ["nelbo", "kl", "rec"]
+FIGURES = {"vae": BOUNDS, "gmvae": BOUNDS, "ssvae": ["accuracy"], "fsvae": BOUNDS}
+
+
+@pytest.mark.parametrize("model", ["vae", "gmvae", "ssvae"])
+def test_the_figures_of_a_checkpoint_are_those_of_its_weights_on_the_test_images(model, finished, script, tmp_path):
+    finished(model)
+    rows = watched(tmp_path, NAMES[model])
+    assert [row["step"] for row in rows] == ["60", "100"] and list(rows[0]) == ["step", *FIGURES[model]]
+    for row in rows:
+        lines(script(model, "--iter_max", row["step"], "--train", 0, *([] if model == "ssvae" else ["--iw", 1])))
+        found = results(tmp_path, NAMES[model])["figures"]
+        assert {name: float(row[name]) for name in FIGURES[model]} == pytest.approx(
+            {name: found[name] for name in FIGURES[model]}, rel=1e-8
+        )
+    assert rows[0][FIGURES[model][0]] != rows[1][FIGURES[model][0]]
+
+
+def test_the_figures_of_an_fsvaes_checkpoint_are_those_of_a_thousand_test_images(finished, tmp_path, digits_dir):
+    finished("fsvae")
+    images = data.drawn_digits(str(digits_dir), "test", colour=True)
+    first = data.Images(images.pixels[:1000], images.labels[:1000])
+    rows = watched(tmp_path, NAMES["fsvae"])
+    assert [row["step"] for row in rows] == ["60", "100"]
+    for row in rows:
+        torch.manual_seed(0)
+        model = FSVAE()
+        model.load_state_dict(weights(tmp_path, NAMES["fsvae"], int(row["step"])))
+        found = evaluate.conditional_bound(model, first)
+        assert {name: float(row[name]) for name in BOUNDS} == pytest.approx(found, rel=1e-6)
+
+
+@pytest.mark.parametrize("model", NAMES)
+def test_no_bit_of_the_training_changes_with_how_often_it_is_watched(model, few, script, tmp_path):
+    seldom, often = tmp_path / "seldom", tmp_path / "often"
+    seldom.mkdir(), often.mkdir()
+    lines(script(model, "--iter_max", 9, "--iter_save", 1000, cwd=seldom))
+    lines(script(model, "--iter_max", 9, "--iter_save", 3, cwd=often))
+    assert_same_training(seldom, often, model, 9)
+    once, thrice = watched(seldom, NAMES[model]), watched(often, NAMES[model])
+    assert [row["step"] for row in thrice] == ["3", "6", "9"] and once == thrice[-1:]
+
+
+def test_the_table_of_checkpoints_is_the_same_in_one_piece_and_in_parts(few, script, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    lines(script("vae", "--iter_max", 9, "--iter_save", 3, cwd=whole))
+    lines(script("vae", "--iter_max", 6, "--iter_save", 3, cwd=parts))
+    (parts / "logs" / NAMES["vae"] / "test.csv").unlink()  # it is completed from the state
+    lines(script("vae", "--iter_max", 9, "--iter_save", 3, cwd=parts))
+    assert watched(whole, NAMES["vae"]) == watched(parts, NAMES["vae"])
+
+
+@pytest.mark.parametrize("model, shown", [("vae", "test_nelbo"), ("ssvae", "test_accuracy")])
+def test_the_progress_line_shows_what_was_found_at_the_last_checkpoint(
+    model, shown, few, script, tmp_path, monkeypatch
+):
+    said, bar = [], report.tqdm
+
+    def remembering(**words):
+        made = bar(**words)
+        monkeypatch.setattr(made, "set_postfix", lambda values, **_: said.append(values))
+        return made
+
+    monkeypatch.setattr(report, "tqdm", remembering)
+    monkeypatch.setattr(train, "LOG_EVERY", 4)
+    lines(script(model, "--iter_max", 9, "--iter_save", 3))
+    first, second = (float(row[shown.removeprefix("test_")]) for row in watched(tmp_path, NAMES[model])[:2])
+    assert [values.get(shown) for values in said] == [f"{first:.5g}", f"{second:.5g}"]
+
+
 # Going on, starting over, loading
 
 
@@ -329,11 +421,11 @@ def test_settings_that_contradict_the_stored_run_are_refused(finished, script, t
     assert tree(tmp_path) == before
 
 
-OTHER = {"batch_size": 50, "seed": 3}
+OTHER = {"batch_size": 50, "seed": 3, "lr": 0.01}
 FIX_WEIGHTS = {  # every flag that fixes the weights, with another value than the default
-    "vae": OTHER | {"z": 5, "beta": 2.0},
-    "gmvae": OTHER | {"z": 5, "beta": 2.0, "k": 20},
-    "ssvae": OTHER | {"gw": 2, "cw": 50},
+    "vae": OTHER | {"z": 5, "beta": 2.0, "train_iw": 5},
+    "gmvae": OTHER | {"z": 5, "beta": 2.0, "train_iw": 5, "k": 20},
+    "ssvae": OTHER | {"gw": 2, "cw": 50, "labels": 200},
     "fsvae": OTHER | {"split": "train"},
 }
 
@@ -355,9 +447,98 @@ def test_whatever_fixes_the_weights_is_part_of_the_name_or_is_refused_when_chang
     assert tree(tmp_path) == before
 
 
-def test_beta_that_the_name_rounds_away_is_refused_when_changed(script, tmp_path):
-    lines(script("vae", "--iter_max", 5, "--beta", "2.00000001"))
-    assert "argument --beta" in refusal(script("vae", "--iter_max", 10, "--beta", 2))
+@pytest.mark.parametrize("flag, rounded, value", [("beta", "2.00000001", 2), ("lr", "0.0200000001", 0.02)])
+def test_what_the_name_rounds_away_is_refused_when_changed(flag, rounded, value, script):
+    lines(script("vae", "--iter_max", 5, f"--{flag}", rounded))
+    assert f"argument --{flag}" in refusal(script("vae", "--iter_max", 10, f"--{flag}", value))
+
+
+def test_a_state_from_before_a_flag_was_there_goes_on_or_is_refused_with_what_can_be_done(finished, script, tmp_path):
+    finished("vae")
+    before = state(tmp_path, NAMES["vae"])
+    for name in ("lr", "train_iw"):
+        del before["settings"][name]
+    torch.save(before, tmp_path / "checkpoints" / NAMES["vae"] / "state.pt")
+    result = script("vae", "--iter_max", 110)
+    assert result.returncode == 0 or ("revision" in refusal(result) and "None" not in result.stderr)
+
+
+@pytest.mark.parametrize(
+    "model, flags, part",
+    [
+        ("vae", ["--lr", "0.01"], "vae_z=10_lr=0.01"),
+        ("fsvae", ["--lr", "1e-4"], "fsvae_lr=0.0001"),
+        ("vae", ["--train_iw", 5], "vae_z=10_train_iw=5"),
+        ("gmvae", ["--train_iw", 50, "--lr", "0.0005"], "gmvae_z=10_k=500_train_iw=50_lr=0.0005"),
+        ("ssvae", ["--labels", 1000], "ssvae_gw=001_cw=100_labels=1000"),
+        ("ssvae", ["--labels", 100, "--lr", "0.001"], "ssvae_gw=001_cw=100"),
+    ],
+)
+def test_the_name_says_what_is_trained(model, flags, part):
+    kind = kind_of(model)
+    given = options.parse(kind, "", [*map(str, flags), "--data", "digits"])
+    run = kind(**{name: value for name, value in given.items() if name != "runs"})
+    assert run.name == f"model={part}_data=digits_run=0000"
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.05])
+def test_the_learning_rate_reaches_the_optimizer_in_one_piece_and_in_parts(rate, few, script, tmp_path):
+    """Adam's first step is as long as the rate, in every weight that has a gradient."""
+    flags, name = ("--lr", rate), NAMES["vae"].replace("_data", "_data" if rate == 0.001 else f"_lr={rate}_data")
+    torch.manual_seed(0)
+    before = VAE().state_dict()
+    lines(script("vae", "--iter_max", 1, *flags))
+    first = weights(tmp_path, name, 1)
+    moved = torch.cat([(first[key] - before[key]).abs().flatten() for key in first if ".net." in key])
+    assert moved.max().item() == pytest.approx(rate, rel=1e-2) and moved.median() > 0.5 * rate
+    lines(script("vae", "--iter_max", 3, *flags))
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    lines(script("vae", "--iter_max", 3, *flags, cwd=whole))
+    assert same(weights(whole, name, 3), weights(tmp_path, name, 3))
+
+
+@pytest.mark.parametrize(
+    "model, flags, part",
+    [("vae", ["--train_iw", 3], "_train_iw=3"), ("gmvae", ["--train_iw", 3], "_train_iw=3"),
+     ("ssvae", ["--labels", 200], "_labels=200")],
+)  # fmt: skip
+def test_with_the_newer_flags_too_going_on_equals_never_having_stopped_bit_for_bit(
+    model, flags, part, few, script, tmp_path
+):
+    whole, parts, name = tmp_path / "whole", tmp_path / "parts", NAMES[model].replace("_data", f"{part}_data")
+    whole.mkdir(), parts.mkdir()
+    lines(script(model, *flags, "--iter_max", 7, cwd=whole))
+    for stop in (3, 7):
+        lines(script(model, *flags, "--iter_max", stop, cwd=parts))
+    assert same(weights(whole, name, 7), weights(parts, name, 7)) and table(whole, name) == table(parts, name)
+    assert same(state(whole, name)["random"], state(parts, name)["random"])
+    other = tmp_path / "default"
+    other.mkdir()
+    lines(script(model, "--iter_max", 7, cwd=other))
+    assert not same(weights(other, NAMES[model], 7), weights(whole, name, 7))
+
+
+def test_training_on_the_iwae_bound_is_told_apart_from_the_elbo_in_the_table(few, script, tmp_path):
+    lines(script("vae", "--train_iw", 5, "--iter_max", 3))
+    (row,) = table(tmp_path, NAMES["vae"].replace("_data", "_train_iw=5_data"))
+    assert float(row["loss"]) < float(row["nelbo"])
+    assert float(row["nelbo"]) == pytest.approx(float(row["kl"]) + float(row["rec"]), rel=1e-5)
+
+
+@pytest.mark.parametrize("count, batch", [(50, 50), (100, 100), (200, 100), (1000, 100)])
+def test_a_step_takes_all_labelled_images_or_a_hundred_of_them_at_random(count, batch, few, script, monkeypatch):
+    taken, one_hot = [], data.Images.one_hot
+    monkeypatch.setattr(
+        data.Images, "one_hot", lambda self, index: taken.append((len(self), index)) or one_hot(self, index)
+    )
+    lines(script("ssvae", "--labels", count, "--iter_max", 5, "--gw", 0))
+    assert [(of, len(index)) for of, index in taken] == [(count, batch)] * 5
+    if count <= 100:
+        assert all(torch.equal(index, torch.arange(count)) for _, index in taken)
+    else:
+        assert not torch.equal(taken[0][1], taken[1][1])
+        assert max(index.max().item() for _, index in taken) > 0.9 * count
 
 
 def test_what_does_not_fix_the_weights_may_change(finished, script, tmp_path):
@@ -441,10 +622,20 @@ def test_a_checkpoint_of_the_drawn_digits_is_loaded_without_a_download(
 def test_a_checkpoint_of_the_real_data_is_never_evaluated_on_drawn_digits(
     main, no_network, digits_dir, tmp_path, monkeypatch
 ):
-    only_digits = link_digits(digits_dir, tmp_path / "data")
+    """But on the course's images, which are there; what needs the whole test split needs its files."""
+    only_digits, name = link_digits(digits_dir, tmp_path / "data"), "model=vae_z=10_run=0000"
     monkeypatch.chdir(tmp_path)
-    store_vae("model=vae_z=10_run=0000", 7)
-    result = main("vae", "--train", 0, "--iter_max", 7, "--data_dir", only_digits)
+    store_vae(name, 7)
+    torch.manual_seed(0)
+    wanted = evaluate.bounds(VAE(), data.test_subset(data.course("test")), (1,))
+    result = main("vae", "--train", 0, "--iter_max", 7, "--iw", 1, "--data_dir", only_digits)
+    assert lines(result)[-2] == "NELBO: {nelbo}. KL: {kl}. Rec: {rec}".format(**wanted)
+    assert "DRAWN" not in result.stdout and "download" not in result.stdout
+    found = results(tmp_path, name)
+    assert found["data"] == "mnist" and found["test_images"] == 100
+    assert "(on the course's 100 test images: MNIST's test split is not there)" in result.stdout
+    assert not list(only_digits.glob("MNIST*"))
+    result = main("vae", "--train", 0, "--iter_max", 7, "--data_dir", only_digits, "--test", "all")
     assert "t10k-images-idx3-ubyte" in result.stderr.splitlines()[-1] and "by hand" in result.stderr
     assert result.returncode == 2 and "DRAWN" not in result.stdout and "NELBO" not in result.stdout
 
@@ -571,6 +762,27 @@ def test_fsvae_trained_on_the_test_split_says_that_it_is_evaluated_on_training_i
     assert lines(main("fsvae", *flags, "--train", 0))[-1] == printed[-1]
 
 
+@pytest.mark.parametrize("first, then", [(["train"], ["train", "test"]), (["train", "test"], ["train"])])
+def test_a_run_goes_on_whether_the_test_split_was_there_before_or_is_still_there(
+    first, then, main, no_network, svhn, svhn_dir, tmp_path
+):
+    """What is watched at its checkpoints is there for those at which it could be had."""
+    place, flags = tmp_path / "data", ("--data", "svhn", "--check_data", 0, "--split", "train")
+    place.mkdir()
+    for there, stop in ((first, 2), (then, 4)):
+        for split in svhn:
+            (place / f"{split}_32x32.mat").unlink(missing_ok=True)
+            if split in there:
+                (place / f"{split}_32x32.mat").symlink_to(svhn_dir / f"{split}_32x32.mat")
+        lines(main("fsvae", *flags, "--data_dir", place, "--iter_max", stop, plots=True))
+    rows = watched(tmp_path, "model=fsvae_split=train_run=0000")
+    had = {row["step"] for row in rows if row.get("nelbo")}
+    assert had == {"2" if "test" in first else "4"}
+    (found,) = (row for row in rows if row["step"] in had)
+    wanted = svhn_bound(tmp_path, "train", svhn["test"], int(found["step"]))
+    assert float(found["nelbo"]) == pytest.approx(wanted["nelbo"], rel=1e-5)
+
+
 # Command lines: a frozen Run, help, and what is refused
 
 
@@ -653,6 +865,27 @@ BAD += [
 BAD += [("gmvae", ["--k", value], "--k") for value in ("0", "-5", "x", "2.5", "nan", "", "1000000000")]
 BAD += [("ssvae", [f"--{flag}", value], f"--{flag}") for flag in ("gw", "cw") for value in ("1000000", *NO_INTEGER)]
 BAD += [(script, ["--compile", value], "--compile") for script in SCRIPTS for value in ("2", "", "yes")]
+BAD += [(script, ["--lr", value], "--lr") for script in SCRIPTS for value in ("0", "-1", "nan", "inf", "x", "", "11")]
+BAD += [
+    (script, ["--train_iw", value], "--train_iw") for script in ("vae", "gmvae") for value in (*NO_INTEGER, "0", "1001")
+]
+BAD += [(script, ["--train_iw", "5", "--beta", "2"], "--train_iw") for script in ("vae", "gmvae")]
+BAD += [(script, ["--test", value], "--test") for script in ("vae", "gmvae") for value in ("", "0", "All", "train")]
+BAD += [("ssvae", ["--labels", value], "--labels") for value in (*NO_INTEGER, "0", "5", "105", "50010", "60000")]
+BAD += [
+    (script, ["--data", value], "--data")
+    for script in SCRIPTS
+    for value in (
+        "missing.npz",
+        "nowhere/at/all.npz",
+        "a_file",
+        "a_file/x.npz",
+        "a_file.npy",
+        "/proc.npz",
+        "x" * 300 + ".npz",
+    )
+]
+BAD += [("vae", ["--data", value], "--data") for value in ("digits.npz", ".npz", "a=b.npz", "a b.npz", "x.NPZ", "npz")]
 BAD += [("fsvae", ["--split", value], "--split") for value in ("all", "", "0", "Test")]
 BAD += [
     (script, ["--device", value], "--device") for script in SCRIPTS for value in ("tpu", "", "cuda:99", "CPU", "meta")
@@ -675,6 +908,9 @@ BAD += [
     ("vae", ["--k", "5"], "--k"),
     ("vae", ["--gw", "1"], "--gw"),
     ("ssvae", ["--z", "5"], "--z"),
+    ("ssvae", ["--test", "all"], "--test"),
+    ("ssvae", ["--train_iw", "5"], "--train_iw"),
+    ("fsvae", ["--labels", "100"], "--labels"),
     ("ssvae", ["--iw", "5"], "--iw"),
     ("fsvae", ["--beta", "1"], "--beta"),
     ("gmvae", ["--no_such_flag", "1"], "--no_such_flag"),

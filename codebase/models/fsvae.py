@@ -1,13 +1,12 @@
 """The FSVAE of the bonus problem: a VAE of colour images, conditioned on their label."""
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from codebase import utils
 from codebase.models import nns
 
 
-class FSVAE(nn.Module):
+class FSVAE(nns.LatentModel):
     """p(z) p(x | z, y) with Gaussian pixels of variance 1/10 and q(z | x, y) a diagonal Gaussian.
 
     Images x are (batch, 3072), channel-major, with values in [0, 1]; labels y one-hot (batch, 10).
@@ -16,12 +15,10 @@ class FSVAE(nn.Module):
     x_var = 0.1
 
     def __init__(self, name: str = "fsvae"):
-        super().__init__()
-        self.name, self.z_dim, self.y_dim = name, 10, 10
+        super().__init__(name, z_dim=10)
+        self.y_dim = 10
         self.enc = nns.Encoder(self.z_dim, self.y_dim, x_dim=3072, hidden=500)
         self.dec = nns.Decoder(self.z_dim, self.y_dim, x_dim=3072, hidden=500)
-        self.register_buffer("z_prior_m", torch.zeros(1))
-        self.register_buffer("z_prior_v", torch.ones(1))
 
     def negative_elbo_bound(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-ELBO of log p(x | y) = KL(q(z | x, y) || p(z)) - E_q log N(x; dec(z, y), 1/10 I), one sample of z per image.
@@ -39,13 +36,6 @@ class FSVAE(nn.Module):
         """The training loss, -ELBO, and its terms by name."""
         nelbo, kl_z, rec = self.negative_elbo_bound(x, y)
         return nelbo, {"train/loss": nelbo, "gen/elbo": -nelbo, "gen/kl_z": kl_z, "gen/rec": rec}
-
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(x, y)
-
-    def sample_z(self, batch: int) -> Tensor:
-        """Draw from the prior: (batch, z_dim)."""
-        return utils.sample_gaussian(self.z_prior_m.expand(batch, self.z_dim), self.z_prior_v)
 
     def compute_mean_given(self, z: Tensor, y: Tensor) -> Tensor:
         """E[x | z, y], (batch, 3072); a network's output, so clip it to [0, 1] to look at it."""

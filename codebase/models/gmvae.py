@@ -12,8 +12,9 @@ from codebase.models.vae import BinaryVAE
 class GMVAE(BinaryVAE):
     """p(z) = (1/k) sum_i N(z; mu_i, diag v_i), learned; its KL has no closed form and is sampled."""
 
-    def __init__(self, z_dim: int = 10, k: int = 500, name: str = "gmvae", beta: float = 1.0):
-        super().__init__(z_dim, name, beta)
+    def __init__(self, z_dim: int = 10, k: int = 500, name: str = "gmvae", beta: float = 1.0, train_iw: int = 1):
+        super().__init__(z_dim, name, beta, train_iw)
+        del self.z_prior_m, self.z_prior_v  # the mixture stands in their place
         self.k = k
         self.z_pre = nn.Parameter(torch.randn(1, 2 * k, z_dim) / math.sqrt(k * z_dim))
         self.register_buffer("pi", torch.ones(k) / k)
@@ -26,8 +27,7 @@ class GMVAE(BinaryVAE):
         return utils.log_normal_mixture(z, *self.prior())
 
     def kl(self, qm: Tensor, qv: Tensor, z: Tensor) -> Tensor:
-        log_q_z, log_p_z = utils.log_normal(z, qm, qv), self.log_prior(z)
-        return log_q_z - log_p_z
+        return utils.log_normal(z, qm, qv) - self.log_prior(z)
 
     def sample_z(self, batch: int) -> Tensor:
         m, v = self.prior()

@@ -1,4 +1,4 @@
-"""The networks of the models: three linear layers each, weights and keys as `net.{0,2,4}.{weight,bias}`.
+"""What models share: networks of three linear layers, with keys `net.{0,2,4}.{weight,bias}`, and a normal prior.
 
 A network takes net(x) or net(x, y); x and y may broadcast against each other, and what depends on x alone is then
 computed once per row of x, e.g. x (batch, 784) with y (10, 1, 10) gives (10, batch, out).
@@ -18,7 +18,8 @@ class JointLinear(nn.Linear):
         super().__init__(x_dim + y_dim, out_dim)
         self.sizes = [x_dim, y_dim]
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: tuple[Tensor, Tensor | None]) -> Tensor:
+        x, y = inputs
         if y is None or x.shape[:-1] == y.shape[:-1]:
             return super().forward(x if y is None else torch.cat([x, y], -1))
         w_x, w_y = self.weight.split(self.sizes, 1)
@@ -35,11 +36,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """x: (..., x_dim); y: (..., y_dim), where the network has one. Returns (..., out_dim)."""
-        first, *rest = self.net
-        h = first(x, y)
-        for layer in rest:
-            h = layer(h)
-        return h
+        return self.net((x, y))
 
 
 class Encoder(Network):
@@ -60,8 +57,18 @@ class Decoder(Network):
         super().__init__(z_dim, y_dim, hidden, x_dim)
 
 
-class Classifier(Network):
-    """q(y | x): the logits of the label."""
+class LatentModel(nn.Module):
+    """A model with a loss and a latent z, whose prior p(z) is N(0, I) where a subclass brings no other one."""
 
-    def __init__(self, y_dim: int = 10, x_dim: int = 784, hidden: int = 300):
-        super().__init__(x_dim, 0, hidden, y_dim, activation=nn.ReLU)
+    def __init__(self, name: str, z_dim: int):
+        super().__init__()
+        self.name, self.z_dim = name, z_dim
+        self.register_buffer("z_prior_m", torch.zeros(1))
+        self.register_buffer("z_prior_v", torch.ones(1))
+
+    def sample_z(self, batch: int) -> Tensor:
+        """Draw from the prior: (batch, z_dim)."""
+        return utils.sample_gaussian(self.z_prior_m.expand(batch, self.z_dim), self.z_prior_v)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(*inputs)

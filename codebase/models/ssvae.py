@@ -10,21 +10,18 @@ from codebase import utils
 from codebase.models import nns
 
 
-class SSVAE(nn.Module):
+class SSVAE(nns.LatentModel):
     """p(y) p(z) p(x | z, y) on binary pixels, y uniform over ten labels, with q(y | x) q(z | x, y).
 
     Images x are (batch, 784) with values in {0, 1}, labels y one-hot (batch, 10).
     """
 
     def __init__(self, gen_weight: float = 1, class_weight: float = 100, name: str = "ssvae"):
-        super().__init__()
-        self.name, self.gen_weight, self.class_weight = name, gen_weight, class_weight
-        self.z_dim, self.y_dim = 64, 10
+        super().__init__(name, z_dim=64)
+        self.gen_weight, self.class_weight, self.y_dim = gen_weight, class_weight, 10
         self.enc = nns.Encoder(self.z_dim, self.y_dim)
         self.dec = nns.Decoder(self.z_dim, self.y_dim)
-        self.cls = nns.Classifier(self.y_dim)
-        self.register_buffer("z_prior_m", torch.zeros(1))
-        self.register_buffer("z_prior_v", torch.ones(1))
+        self.cls = nns.Network(784, 0, 300, self.y_dim, nn.ReLU)  # q(y | x): the logits of the label
 
     def negative_elbo_bound(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-ELBO(x) = KL(q(y|x) || p(y)) + E_q(y|x) [ KL(q(z|x,y) || p(z)) - E_q(z|x,y) log p(x | z, y) ].
@@ -62,13 +59,6 @@ class SSVAE(nn.Module):
         loss = self.gen_weight * nelbo + self.class_weight * ce
         terms = {"train/loss": loss, "gen/elbo": -nelbo, "gen/kl_z": kl_z, "gen/kl_y": kl_y, "gen/rec": rec}
         return loss, {**terms, "class/ce": ce, "class/acc": acc}
-
-    def forward(self, x: Tensor, xl: Tensor, yl: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(x, xl, yl)
-
-    def sample_z(self, batch: int) -> Tensor:
-        """Draw from the prior: (batch, z_dim)."""
-        return utils.sample_gaussian(self.z_prior_m.expand(batch, self.z_dim), self.z_prior_v)
 
     def compute_sigmoid_given(self, z: Tensor, y: Tensor) -> Tensor:
         """E[x | z, y]: pixel probabilities, (batch, 784)."""

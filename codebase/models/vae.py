@@ -3,23 +3,23 @@
 import operator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from codebase import utils
 from codebase.models import nns
 
 
-class BinaryVAE(nn.Module):
+class BinaryVAE(nns.LatentModel):
     """p(z) p(x | z) on binary pixels with q(z | x) a diagonal Gaussian; a subclass brings the prior p(z), as
 
     log_prior(z), log p(z) of z (..., z_dim); kl(qm, qv, z), KL(q(z | x) || p(z)) per image, in closed form or estimated
-    at z ~ q; sample_z(batch), draws (batch, z_dim) from the prior. Images x are (batch, 784) with values in {0, 1}; all
-    bounds are scalars in nats, averaged over the batch.
+    at z ~ q; and sample_z(batch), draws (batch, z_dim) from the prior, where that is not N(0, I). Images x are
+    (batch, 784) with values in {0, 1}; all bounds are scalars in nats, averaged over the batch.
     """
 
-    def __init__(self, z_dim: int, name: str, beta: float):
-        super().__init__()
-        self.name, self.z_dim, self.beta = name, z_dim, beta
+    def __init__(self, z_dim: int = 10, name: str = "vae", beta: float = 1.0, train_iw: int = 1):
+        super().__init__(name, z_dim)
+        self.beta, self.train_iw = beta, train_iw
         self.enc = nns.Encoder(z_dim)
         self.dec = nns.Decoder(z_dim)
 
@@ -61,13 +61,17 @@ class BinaryVAE(nn.Module):
         return niwae.mean(), (log_q_z - log_p_z).mean(), -log_p_x.mean()
 
     def loss(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Training loss rec + beta * kl (Higgins et al. 2017) and the terms of the true bound, by name."""
-        nelbo, kl, rec = self.negative_elbo_bound(x)
-        loss = nelbo if self.beta == 1 else rec + self.beta * kl
-        return loss, {"train/loss": loss, "gen/elbo": -nelbo, "gen/kl_z": kl, "gen/rec": rec}
+        """Training loss and the terms of the ELBO, by name.
 
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(x)
+        The loss is rec + beta * kl (Higgins et al. 2017), or with train_iw > 1 -L_train_iw (Burda et al. 2016).
+        """
+        if self.train_iw > 1:
+            loss, kl, rec = self.negative_iwae_bound(x, self.train_iw)
+            nelbo = kl + rec
+        else:
+            nelbo, kl, rec = self.negative_elbo_bound(x)
+            loss = nelbo if self.beta == 1 else rec + self.beta * kl
+        return loss, {"train/loss": loss, "gen/elbo": -nelbo, "gen/kl_z": kl, "gen/rec": rec}
 
     def compute_sigmoid_given(self, z: Tensor) -> Tensor:
         """E[x | z]: pixel probabilities, (batch, 784)."""
@@ -93,16 +97,8 @@ class BinaryVAE(nn.Module):
 class VAE(BinaryVAE):
     """Standard normal prior, whose KL has a closed form."""
 
-    def __init__(self, z_dim: int = 10, name: str = "vae", beta: float = 1.0):
-        super().__init__(z_dim, name, beta)
-        self.register_buffer("z_prior_m", torch.zeros(1))
-        self.register_buffer("z_prior_v", torch.ones(1))
-
     def log_prior(self, z: Tensor) -> Tensor:
         return utils.log_normal(z, self.z_prior_m, self.z_prior_v)
 
     def kl(self, qm: Tensor, qv: Tensor, z: Tensor) -> Tensor:
         return utils.kl_normal(qm, qv, self.z_prior_m, self.z_prior_v)
-
-    def sample_z(self, batch: int) -> Tensor:
-        return utils.sample_gaussian(self.z_prior_m.expand(batch, self.z_dim), self.z_prior_v)

@@ -1,6 +1,7 @@
 """Which data set a run has: its files, their download, and the drawn digits where they cannot be had."""
 
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -40,8 +41,8 @@ def resolve_data(asked: str, real: Run, digits: Run) -> str:
         runs = [digits]
     if not real.train:
         runs = [run for run in runs if model_path(run.name, run.iter_max).is_file()] or _no_checkpoint(runs[0])
-    if asked == "digits":
-        return asked
+    if asked == "digits" or (real in runs and (real.own_images or not real.needs_files)):
+        return runs[0].data
     why = download(real) if real in runs else "its files are not there, nor is a checkpoint of it"
     if real in runs and usable(real):
         if why:
@@ -60,7 +61,7 @@ def _no_checkpoint(run: Run) -> list[Run]:
     while "--train" in words:
         del words[(at := words.index("--train")) : at + 2]
     steps = ", ".join(map(str, stored_steps(run.name))) or "none"
-    train = " ".join([Path(sys.argv[0]).name, *words])
+    train = shlex.join([Path(sys.argv[0]).name, *words])
     path = model_path(run.name, run.iter_max)
     raise Missing(f"there is no {path}; checkpoints of this run: {steps}; to train one: {train}")
 

@@ -51,15 +51,14 @@ def write(path: Path, content: bytes | str | dict[str, Any]) -> None:
 
     A dictionary is written as JSON.
     """
-    text = json.dumps(content, indent=1) + "\n" if isinstance(content, dict) else content
+    content = json.dumps(content, indent=1) + "\n" if isinstance(content, dict) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
-            file.write(text.encode() if isinstance(text, str) else text)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    finally:
+        beside.unlink(missing_ok=True)  # it is there where something failed

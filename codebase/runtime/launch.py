@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -22,7 +23,8 @@ def launch(kind: type[Run], one_run: Callable[..., dict[str, float]], descriptio
     """
     values = options.parse(kind, description, argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    code, first, count, figures = 0, values["run"], values.pop("runs"), {}
+    code, first, count, series = 0, values["run"], values.pop("runs"), {}
+    options.content.cache_clear()
     try:
         from codebase.runtime import device, processes, report  # only here: a bad command line is answered before torch
 
@@ -34,13 +36,14 @@ def launch(kind: type[Run], one_run: Callable[..., dict[str, float]], descriptio
                     run = resolve(kind, values | {"run": number, "seed": seed}, group)
                     with contextlib.ExitStack() as stack:
                         group.first(lambda stack=stack, run=run: stack.enter_context(hold(run.name)))
-                        figures[number] = one_run(run, group)
+                        figures = one_run(run, group)
+                    series.setdefault(run.series, (run, {}))[1][number] = figures  # by data set, which auto may change
                 except BaseException as error:
                     code = max(code, fail(error, group.first_to_fail))
                     if code > 128 or group.size > 1:
                         return code
-            if count > 1 and figures and group.main:
-                report.summarise(run.series, figures)
+            for run, figures in series.values() if count > 1 and group.main else ():
+                report.summarise(run, figures)
     except BaseException as error:  # outside of any run: no such device, a signal, a summary that cannot be stored
         of_all = isinstance(error, (files.UsageError, SystemExit))  # every process sees that there is no such device
         code = max(code, fail(error, lambda: not of_all or os.environ.get("RANK", "0") == "0"))
@@ -54,7 +57,8 @@ def resolve(kind: type[Run], values: dict[str, Any], group) -> Run:
     device = resolve_device(values["device"])
     enough = f"takes at least one image per process, {group.size}, not {values['batch_size']}"
     files.require(values["batch_size"] >= group.size, f"argument --batch_size: {enough}")
-    real, digits = (kind(**values | {"data": data}) for data in (kind.real_data, "digits"))
+    asked = kind(**values)
+    real, digits = (asked if asked.own_images else replace(asked, data=data) for data in (kind.real_data, "digits"))
     data = group.first(lambda: fetch.resolve_data(values["data"], real, digits))
     return replace(real, data=data, device=device)
 
@@ -82,6 +86,10 @@ def hold(name: str) -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
+        if [path.name for path in folder.glob("*")] == [".lock"]:  # bad data, or the like: nothing is left of the run
+            shutil.rmtree(folder)
+            with contextlib.suppress(OSError):  # of other runs
+                folder.parent.rmdir()
         lock.release()
 
 

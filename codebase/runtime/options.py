@@ -1,7 +1,10 @@
 """From flags to a frozen Run. Standard library only: --help and a bad command line are answered before torch loads."""
 
 import argparse
+import functools
+import hashlib
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -59,6 +62,8 @@ class Run:
 
     model: ClassVar[str]
     real_data: ClassVar[str] = "mnist"
+    needs_labels: ClassVar[bool] = False
+    subset: ClassVar[bool] = True  # whether bounds are those of the course's 100 test images
 
     iter_max: int = flag(20_000, number(int, 1, 10**9), "training steps; with --train 0, the checkpoint to load")
     iter_save: int = flag(10_000, number(int, 1, 10**9), "steps between checkpoints")
@@ -67,15 +72,36 @@ class Run:
     seed: int | None = flag(None, number(int, 0, 2**31), "seed of everything random, or the run's number", weights=True)
     train: int = flag(1, SWITCH, "1 trains (or goes on, or evaluates what is finished), 0 loads and evaluates")
     overwrite: int = flag(0, SWITCH, "1 starts over and deletes what the run has stored")
+    lr: float = flag(0.001, number(float, 1e-9, 10), "learning rate of Adam", weights=True)
     device: str = flag("auto", ["auto", "cpu", "cuda", "gpu", "mps"], "where to compute")
     compile: str = flag("auto", ["auto", "0", "1"], "1 compiles the training step; auto: where that pays")
-    data: str = flag("auto", ["auto", "", "digits"], "auto: the real data set, or else drawn digits", weights=True)
+    data: str = flag(
+        "auto", str, "auto (the real data set, or else drawn digits), mnist or svhn, digits, or a .npz file"
+    )
     data_dir: str = flag("data", folder, "folder of the data sets")
     check_data: int = flag(1, SWITCH, "0 accepts data files that are not the published ones")
 
     def __post_init__(self):
         trains = "argument --overwrite: 1 trains anew and --train 0 does not train; give one of them"
         require(self.train or not self.overwrite, trains)
+        file, known = Path(self.data), ("auto", self.real_data, "digits")
+        takes = f"argument --data: takes {', '.join(known)} or a file that ends in .npz, not {self.data[:40]!r}"
+        require(self.data in known or self.own_images, takes)
+        if self.own_images:
+            names = "gives the run its name: takes up to 100 letters, digits, - _ . and not digits.npz"
+            named = file.stem != "digits" and re.fullmatch(r"[\w.-]{1,100}", file.stem)
+            require(bool(named), f"argument --data: {file.name[:40]} {names}")
+            require(os.path.isfile(self.data), f"argument --data: there is no file {self.data[:100]}")
+
+    @property
+    def own_images(self) -> bool:
+        """Whether the images are a user's, in the file --data."""
+        return self.data.endswith(".npz")
+
+    @property
+    def needs_files(self) -> bool:
+        """Whether the real data set must be there; the course's 100 test images come with the package."""
+        return bool(self.train) or self.real_data != "mnist" or not self.subset
 
     def stem(self) -> str:
         """The model, and what of its settings tells runs apart: the first part of the run's name."""
@@ -84,7 +110,8 @@ class Run:
     @property
     def series(self) -> str:
         """The run's name without its number."""
-        return f"model={self.stem()}" + ("_data=digits" if self.data == "digits" else "")
+        rate = f"_lr={self.lr:g}" if self.lr != 0.001 else ""
+        return f"model={self.stem()}{rate}" + ("" if self.data == self.real_data else f"_data={Path(self.data).stem}")
 
     @property
     def name(self) -> str:
@@ -93,7 +120,42 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What fixes the weights, besides the number of steps."""
         made = {item.name: getattr(self, item.name) for item in fields(self) if item.metadata["weights"]}
-        return {"model": self.model} | made
+        data = f"a file of SHA-256 {hashlib.sha256(content(self.data)).hexdigest()}" if self.own_images else self.data
+        return {"model": self.model} | made | {"data": data}
+
+
+@functools.lru_cache(1)
+def content(path: str) -> bytes:
+    """The bytes of a file of images, read once: those that were checked are those that are used."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"argument --data: {path} cannot be read ({error.strerror})") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class BinaryRun(Run):
+    """The flags that VAE and GMVAE share."""
+
+    z: int = flag(10, number(int, 1, 10_000), "dimensions of the latent z", weights=True)
+    beta: float = flag(1.0, number(float, 0, 10**6), "weight of the KL term in the training loss", weights=True)
+    train_iw: int = flag(1, number(int, 1, 1000), "samples m of the bound L_m that is trained on", weights=True)
+    iw: tuple[int, ...] = flag((1, 10, 100, 1000), number(int, 1, 10**7), "samples m of --train 0's IWAE-m bounds")
+    test: str = flag("subset", ["subset", "all"], "test images of the bounds: the course's 100, or the whole split")
+
+    def __post_init__(self):
+        super().__post_init__()
+        both = "argument --train_iw: the bound L_m has no weight of the KL term; give --train_iw or --beta"
+        require(self.train_iw == 1 or self.beta == 1, both)
+
+    @property
+    def subset(self) -> bool:
+        return self.test == "subset"
+
+    def weighted(self) -> str:
+        """What the training loss adds to the name."""
+        beta = f"_beta={self.beta:g}" if self.beta != 1 else ""
+        return beta + (f"_train_iw={self.train_iw}" if self.train_iw > 1 else "")
 
 
 def parse(kind: type[Run], description: str, argv: list[str] | None) -> dict[str, Any]:
@@ -111,9 +173,10 @@ def parse(kind: type[Run], description: str, argv: list[str] | None) -> dict[str
     common = {item.name for item in fields(Run)}
     for item in sorted(fields(kind), key=lambda item: item.name in common):  # the script's own first
         check, default, several = item.metadata["check"], item.default, isinstance(item.default, tuple)
-        words = {"type": check, "metavar": "DIR" if check is folder else "N"}
+        names = {"data": "DATA", "data_dir": "DIR"}
+        words = {"type": check, "metavar": names.get(item.name, "N")}
         if isinstance(check, list):
-            words = {"choices": [choice or kind.real_data for choice in check]}
+            words = {"choices": check}
         shown = f" (default: {' '.join(map(str, default)) if several else default})" if default is not None else ""
         words |= {"nargs": "+"} if several else {}
         parser.add_argument(f"--{item.name}", default=default, help=item.metadata["text"] + shown, **words)

@@ -59,10 +59,8 @@ class Ranks(Processes):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         self.store, self.rank, self.size = next(dist.rendezvous("env://"))
         self.main, backend = self.rank == 0, "nccl" if self.device == "cuda" else "gloo"
-        known = {"store": self.store, "rank": self.rank, "world_size": self.size}
-        dist.init_process_group(
-            backend, timeout=timedelta(days=1), **known
-        )  # a download of the main process takes long
+        patience = timedelta(days=1)  # a download of the main process takes long
+        dist.init_process_group(backend, timeout=patience, store=self.store, rank=self.rank, world_size=self.size)
         if not self.main:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
 
@@ -85,7 +83,16 @@ class Ranks(Processes):
             return True
 
     def noise(self, count: int) -> AbstractContextManager:
-        return _BatchNoise(self.rows(count), count)
+        rows = self.rows(count)
+
+        class BatchNoise(TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                if function is not torch.randn_like:
+                    return function(*args, **(kwargs or {}))
+                *leading, _, width = args[0].shape  # the last axis but one is the batch's
+                return args[0].new_empty(*leading, count, width).normal_()[..., rows, :]
+
+        return BatchNoise()
 
     def sum(self, tensors: Sequence[Tensor], signum: int = 0) -> int:
         """All in one message, and the signal too: one that a single process caught stops all of them at one step."""
@@ -107,30 +114,15 @@ def _together(collective: Callable, argument: Any) -> None:
         raise RunError(f"{what} ({words}); the same command goes on from the last state") from error
 
 
-class _BatchNoise(TorchFunctionMode):
-    """Processes.noise: torch.randn_like(m) draws for the whole batch, the last axis but one of m."""
-
-    def __init__(self, rows: slice, count: int):
-        super().__init__()
-        self.rows, self.count = rows, count
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not torch.randn_like:
-            return function(*args, **(kwargs or {}))
-        m = args[0]
-        whole = torch.randn(*m.shape[:-2], self.count, m.shape[-1], dtype=m.dtype, device=m.device)
-        return whole[..., self.rows, :]
-
-
 @contextmanager
 def join(device: str) -> Iterator[Processes]:
     """This process among those of its run, on that kind of device; raises UsageError where there is no such device."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
+    group = Ranks(device)
     try:
-        yield Ranks(device)
+        yield group
     finally:
         with suppress(RuntimeError):  # where the others are gone
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            dist.destroy_process_group()

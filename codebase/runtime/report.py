@@ -4,10 +4,13 @@ import json
 import math
 import os
 import statistics
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from codebase.runtime.files import log_dir, model_path, write
 from codebase.runtime.options import Run
@@ -31,20 +34,42 @@ def described(run: Run) -> str:
     if run.data == "digits":
         return f"drawn digits, not {run.real_data.upper()}"
     split = f", {run.split} split" if run.data == "svhn" else ""
+    if run.own_images:
+        return f"{Path(run.data).name}, {run.settings()['data']}"
     return run.data + split + ("" if run.check_data else ", files not verified")
 
 
-def results(run: Run, figures: dict[str, float], pictures: list[str], **extra: Any) -> None:
-    """Store the figures in results.json, beside those of the same step that are there, and print them and the files."""
+def progress_bar(start: int, stop: int, shown: bool, unit: str = "steps") -> tqdm:
+    """A bar on a terminal; elsewhere a plain line every few seconds, after the first ones."""
+    words = {"initial": start, "total": stop, "disable": not shown, "unit": f" {unit}", "delay": 5, "mininterval": 5}
+    if sys.stderr.isatty():
+        words |= {"dynamic_ncols": True, "mininterval": 0.5, "delay": 0 if unit == "steps" else 2}
+    else:
+        words["bar_format"] = unit.removesuffix("s") + " {n} of {total}{postfix}, {rate_fmt}\n"
+    return tqdm(**words)
+
+
+def tested_on(run: Run, count: int) -> str:
+    """What the figures of a test split must not be quoted without, or nothing."""
+    course = run.data == "mnist" and count == 100
+    return " (on the course's 100 test images: MNIST's test split is not there)" if course else ""
+
+
+def results(run: Run, figures: dict[str, float], pictures: list[str], tested: int, **extra: Any) -> None:
+    """Store the figures in results.json, beside those of the same step that are there, and print them and the files.
+
+    tested: the number of test images at hand. Bounds of the whole test split are kept apart from those of the subset.
+    """
     path, about = log_dir(run.name) / "results.json", {"name": run.name, "data": described(run), "step": run.iter_max}
-    try:
+    key = "figures" if run.subset else "figures_all"
+    content = about | {key: figures}
+    with suppress(OSError, ValueError, AttributeError, TypeError):  # none yet, or damaged
         known = json.loads(path.read_text())
-        known = known if about.items() <= known.items() else {"figures": {}}
-        content = known | extra | about | {"figures": known["figures"] | figures}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # none yet, or damaged
-        content = extra | about | {"figures": figures}
-    write(path, content)
-    print("\n" + "\n".join(f"  {key:<12} {value:10.4f}" for key, value in figures.items()))
+        if about.items() <= known.items():
+            content = known | {key: known.get(key, {}) | figures}
+    write(path, content | extra | {"test_images" if run.subset else "test_images_all": tested})
+    print(f"\ntest images: {tested:,}{tested_on(run, tested)}")
+    print("\n".join(f"  {name:<12} {value:10.4f}" for name, value in figures.items()))
     print(f"\nfiles in {log_dir(run.name)}{os.sep}: results.json, {', '.join(pictures)}")
 
 
@@ -60,19 +85,18 @@ def confusion(counts: list[list[int]]) -> None:
     """Print the confusion matrix as a table: rows are true digits, columns assigned ones."""
     print("\ntrue  " + "".join(f"{digit:>6}" for digit in range(10)) + "  accuracy")
     for digit, row in enumerate(counts):
-        print(f"{digit:>4}  " + "".join(f"{count:>6}" for count in row) + f"  {row[digit] / sum(row):8.4f}")
+        print(f"{digit:>4}  " + "".join(f"{count:>6}" for count in row) + f"  {row[digit] / max(1, sum(row)):8.4f}")
 
 
-def summarise(series: str, figures: dict[int, dict[str, float]]) -> None:
-    """Print each figure's mean and standard error over the runs, and store them as logs/<series>_summary.json."""
-    table = {}
-    for key in next(iter(figures.values())):
-        values = [found[key] for found in figures.values()]
+def summarise(run: Run, figures: dict[int, dict[str, float]]) -> None:
+    """Print each figure's mean and standard error over runs like this, and store them as logs/<series>_summary.json."""
+    path = Path("logs", f"{run.series}{'' if run.subset else '_test=all'}_summary.json")
+    table, each = {}, list(figures.values())
+    print(f"\n{len(each)} runs ({', '.join(map(str, figures))}), mean and standard error, in {path}:")
+    for key in each[0]:
+        values = [found[key] for found in each]
+        mean = statistics.fmean(values)
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        table[key] = {"mean": statistics.fmean(values), "standard_error": error}
-    path = Path("logs", f"{series}_summary.json")
-    write(path, {"name": series, "runs": list(figures), "figures": table, "each": list(figures.values())})
-    print(f"\n{len(figures)} runs ({', '.join(map(str, figures))}), mean and standard error, in {path}:")
-    for key, value in table.items():
-        error = "" if value["standard_error"] is None else f" +- {value['standard_error']:.4f}"
-        print(f"  {key:<12} {value['mean']:10.4f}{error}")
+        table[key] = {"mean": mean, "standard_error": error}
+        print(f"  {key:<12} {mean:10.4f}" + (f" +- {error:.4f}" if error is not None else ""))
+    write(path, {"name": run.series, "runs": list(figures), "figures": table, "each": each})

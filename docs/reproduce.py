@@ -1,0 +1,530 @@
+#!/usr/bin/env python3
+"""Run everything that README.md and docs/writeup.md quote, and write their tables.
+
+python docs/reproduce.py --data_dir DIR trains and evaluates by the scripts' own command lines in the current folder,
+as many runs at a time as there are cores, one thread each, and goes on where it stopped. All of it takes about 14 hours
+of one core. What it finds it stores in docs/figures.json, from which --write and --check make the tables, on a clone
+without any run too. A table stands between <!-- table NAME --> and <!-- end -->. The table fsvae takes the sample of
+10,366 SVHN digits in DIR; figures of other files, of drawn digits, or of another number of steps do not count.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise, zip_longest
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, median, stdev
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "docs" / "figures.json"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "writeup.md"]
+REAL = {"mnist": ("mnist", 10_000), "svhn": ("svhn, train split, files not verified", 486)}  # data, test images
+BOUNDS = {"nelbo": "NELBO", "kl": "KL", "rec": "Rec"} | {f"niwae_{m}": f"IWAE-{m}" for m in (1, 10, 100, 1000)}
+
+# Model, figure, the course's own solution sheet of autumn 2021 (mean, standard deviation over 100 runs), what its
+# graders accept, and checkpoints that others published, evaluated anew on the same images.
+OTHERS = [
+    ("VAE", "nelbo", (101.5, 0.55), (98, 102), (101.04, 101.48, 101.32, 101.82, 101.45)),
+    ("VAE", "kl", (19.29, 0.17), (17.5, 21.5), ()),
+    ("VAE", "rec", (82.57, 0.56), (80, 84), ()),
+    ("VAE", "niwae_1", (99.83, 0.55), (96.2, 101.8), ()),
+    ("VAE", "niwae_10", (97.13, 0.48), (94.5, 99.5), ()),
+    ("VAE", "niwae_100", (96.1, 0.42), (93.5, 98.5), ()),
+    ("VAE", "niwae_1000", (95.62, 0.42), (92.2, 97.8), (96.79, 97.25, 97.21, 97.13, 97.03)),
+    ("GMVAE", "nelbo", (97.22, 0.54), (94, 100), (99.03, 98.94, 98.46, 99.09, 99.02, 99.19)),
+    ("GMVAE", "kl", (17.65, 0.18), (16.5, 18.5), ()),
+    ("GMVAE", "rec", (79.58, 0.6), (77.5, 82.5), ()),
+    ("GMVAE", "niwae_1", (97.22, 0.54), (94, 100), ()),
+    ("GMVAE", "niwae_10", (94.74, 0.48), (92.05, 97.95), ()),
+    ("GMVAE", "niwae_100", (93.8, 0.47), (91.1, 96.9), ()),
+    ("GMVAE", "niwae_1000", (93.38, 0.46), (90.3, 95.7), (95.33, 94.11, 95.03, 95.16, 95.51, 95.54)),
+    ("SSVAE gw = 0", "accuracy", (0.735, None), (0.705, 0.765), (0.752, 0.736, 0.74)),
+    ("SSVAE gw = 1", "accuracy", (0.934, 0.0139), (0.885, 0.955), (0.942, 0.949)),
+]
+# Burda, Grosse, Salakhutdinov 2016, table 1, one stochastic layer: -L_5000 on the whole test split after training with
+# k samples; z = 50, 200 units, 3,280 passes, images binarised anew each time.
+BURDA = {"VAE": {1: 86.76, 5: 86.47, 50: 86.35}, "IWAE": {1: 86.76, 5: 85.54, 50: 84.78}}
+M2_ERROR = {100: (11.97, 1.71), 1000: (3.6, 0.56)}  # percent; Kingma et al. 2014, table 1
+PYRO = {100: 0.9319, 600: 0.9437, 1000: 0.9487, 3000: 0.9582}  # accuracy of M2; Pyro's tutorial on semi-supervised VAEs
+
+
+@dataclass(frozen=True)
+class Series:
+    """Runs that differ in their seed alone; minutes: how long a training takes one core of an AMD EPYC (Zen 4)."""
+
+    stem: str
+    flags: str
+    step: int
+    minutes: float
+
+    @property
+    def script(self) -> str:
+        return f"run_{self.stem.split('_')[0]}.py"
+
+    @property
+    def data(self) -> str:
+        return "svhn" if self.script == "run_fsvae.py" else "mnist"
+
+    def name(self, seed: int) -> str:
+        return f"model={self.stem}_run={seed:04d}"
+
+
+VAE, GMVAE = Series("vae_z=10", "", 20_000, 2.5), Series("gmvae_z=10_k=500", "", 20_000, 3)
+BETA = {b: Series(f"vae_z=10_beta={b}", f"--beta {b}", 20_000, 2.5) for b in (0.5, 1, 2, 4, 8)} | {1: VAE}
+TRAIN_IW = {1: VAE} | {k: Series(f"vae_z=10_train_iw={k}", f"--train_iw {k}", 20_000, 1.4 * k) for k in (5, 50)}
+SSVAE = {gw: Series(f"ssvae_gw={gw:03d}_cw=100", f"--gw {gw}", 30_000, 1.5 + 13.5 * gw) for gw in (0, 1)}
+LABELS = {(100, gw): series for gw, series in SSVAE.items()} | {
+    (n, gw): Series(f"{series.stem}_labels={n}", f"{series.flags} --labels {n}", 30_000, series.minutes)
+    for n in (600, 1000, 3000)
+    for gw, series in SSVAE.items()
+}
+FSVAE_FLAGS = "--split train --check_data 0 --iter_max 50000 --iter_save 10000"
+FSVAE = Series("fsvae_split=train", FSVAE_FLAGS, 50_000, 22)
+BINARY = {"VAE": VAE, "GMVAE": GMVAE}
+STAGES = {  # of a run: more flags, the key in results.json and the figure that it adds there, minutes of a core
+    "train": ("", "figures", "", None),
+    "subset": ("--train 0", "figures", "niwae_1000", 0.2),
+    "whole": ("--train 0 --test all", "figures_all", "niwae_1000", 4),
+    "deep": ("--train 0 --test all --iw 1 5000", "figures_all", "niwae_5000", 15),
+}
+
+
+# ---- what the runs left in logs/, and docs/figures.json
+
+
+def fail(message: str):
+    print(f"reproduce.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file holds, or nothing where it is not there or damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_csv(path: Path) -> list[dict[str, float]]:
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return [{key: float(value) for key, value in line.items()} for line in csv.DictReader(file)]
+
+
+def done(results: dict, stage: str) -> bool:
+    """Whether a run has the figures of a stage."""
+    _, part, key, _ = STAGES[stage]
+    return key in results.get(part, {}) if key else bool(results.get(part))
+
+
+def results(series: Series, seed: int) -> dict:
+    """The results.json of a run where it counts: real data, all its test images, the last step."""
+    found = read_json(Path("logs", series.name(seed), "results.json"))
+    real = (found.get("data"), found.get("test_images")) == REAL[series.data]
+    real = real and found.get("evaluated_on", "test split") == "test split"
+    return found if real and found.get("step") == series.step else {}
+
+
+def entry(series: Series, seed: int) -> dict:
+    """What docs/figures.json holds of a run, but for the machine; nothing where the run does not count."""
+    if not (found := results(series, seed)):
+        return {}
+    folder = Path("logs", series.name(seed))
+    rows = {line["step"]: line for line in read_csv(folder / "metrics.csv")}
+    kept = ("data", "step", "test_images", "figures", "figures_all", "per_digit_accuracy")
+    made = {"flags": f"{series.script} {series.flags} --run {seed}".replace("  ", " ")}
+    made |= {key: found[key] for key in kept if key in found}
+    made |= {"torch": read_json(folder / "config.json").get("torch")}
+    if rows:
+        times = pairwise([(0, 0), *((step, line["seconds"]) for step, line in rows.items())])
+        made["time"] = {"ms": round(1000 * median((t - s) / (n - m) for (m, s), (n, t) in times), 2)}
+    if series is FSVAE:
+        tests = read_csv(folder / "test.csv")
+        made["tests"] = [test | {"training": rows[test["step"]]["nelbo"]} for test in tests if test["step"] in rows]
+    return made
+
+
+def stored() -> dict:
+    """What docs/figures.json holds: runs by name."""
+    return (read_json(FIGURES) or fail(f"{FIGURES} is damaged")) if FIGURES.exists() else {}
+
+
+def collect(runs: dict) -> dict:
+    """docs/figures.json, brought up to date with the runs in logs/; a new one is of this machine's kind of CPU."""
+    known = stored()
+    there = {series.name(seed): made for series, seed in runs if (made := entry(series, seed))}
+    old = {name: {key: run[key] for key in run if key != "cpu"} for name, run in known.items()}
+    new = {name: made for name, made in there.items() if made != old.get(name)}
+    if new:
+        import torch  # only here: the tables need no torch
+
+        known |= {name: made | {"cpu": torch.backends.cpu.get_cpu_capability()} for name, made in new.items()}
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known))
+        FIGURES.write_text(f"{{\n{lines}\n}}\n")
+    print(f"{len(there)} of {len(runs)} runs are in logs/, {len(new)} of them new or changed in {FIGURES.name}")
+    return known
+
+
+# ---- the runs
+
+
+def needed(names: list[str]) -> dict[tuple[Series, int], list[str]]:
+    """The runs that these tables need, by series and seed, each with its stages in order."""
+    runs = {}
+    for name in names:
+        for series, seeds, stages in TABLES[name][1]:
+            for seed in range(seeds):
+                known = runs.setdefault((series, seed), [])
+                known += [stage for stage in stages.split() if stage not in known]
+    return runs
+
+
+def minutes(series: Series, seed: int, stage: str) -> float:
+    """How long a stage will take one core, less the steps that are trained already."""
+    rows = read_csv(Path("logs", series.name(seed), "metrics.csv")) or [{"step": 0}]
+    return STAGES[stage][3] or series.minutes * max(0, 1 - rows[-1]["step"] / series.step)
+
+
+def command(series: Series, seed: int, stage: str, data_dir: str | None) -> list[str]:
+    words = f"{series.flags} --run {seed} --data {series.data} {STAGES[stage][0]}".split()
+    return [sys.executable, str(ROOT / series.script), *words, *(["--data_dir", data_dir] if data_dir else [])]
+
+
+def start(words: list[str], log: Path) -> subprocess.Popen:
+    """A process of its own, with one thread, out of reach of the terminal's Ctrl-C; what it says goes to log."""
+    log.parent.mkdir(exist_ok=True)
+    with log.open("a") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(words, env=environment, stdout=file, stderr=file, start_new_session=True)
+
+
+def problem(series: Series, seed: int, stage: str, code: int) -> str:
+    """Why a process that ended with that exit code did not give the figures of its stage, or nothing."""
+    if code:
+        said = Path("logs", f"{series.name(seed)}.txt").read_text(errors="replace").strip() or "it said nothing"
+        return f"exit code {code}: {said.splitlines()[-1]}"
+    kept = read_json(Path("logs", series.name(seed), "results.json"))
+    about = f"{kept.get('data')}, {kept.get('test_images')} test images, step {kept.get('step')}"
+    return "" if done(results(series, seed), stage) else f"its figures do not count: {about}"
+
+
+def run_all(runs: dict[tuple[Series, int], list[str]], jobs: int, data_dir: str | None) -> bool:
+    """Run what is not done yet, the stages of a run one after another; return whether all went well."""
+    left = {run: [stage for stage in stages if not done(results(*run), stage)] for run, stages in runs.items()}
+    left = {run: stages for run, stages in left.items() if stages}
+
+    def time_left() -> str:
+        total = sum(minutes(*run, stage) for run, stages in left.items() for stage in stages)
+        return f"{total:.0f} core-minutes, about {total / 60 / max(1, min(jobs, len(left))):.1f} hours"
+
+    print(f"{len(left)} of {len(runs)} runs are to do, {jobs} at a time: {time_left()}")
+    for series in dict.fromkeys(series for series, _ in left):
+        seeds = " ".join(str(seed) for other, seed in left if other == series)
+        print(f"  {series.script} {series.flags} --run {seeds}".replace("  --run", " --run"), flush=True)
+    waiting, running, well = list(left), {}, True
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                running[run] = start(command(*run, left[run][0], data_dir), Path("logs", f"{run[0].name(run[1])}.txt"))
+            time.sleep(0.1)
+            for run in [run for run, process in running.items() if process.poll() is not None]:
+                name, code, stage = run[0].name(run[1]), running.pop(run).returncode, left[run].pop(0)
+                state = f"{stage} done"
+                if why := problem(*run, stage, code):
+                    state, well, left[run] = f"{stage} FAILED, {why}", False, []
+                if left[run]:
+                    waiting.insert(0, run)
+                else:
+                    del left[run]
+                print(f"{name}: {state}; left: {time_left()}", flush=True)
+    except KeyboardInterrupt:
+        print("stopping: the runs save their state", flush=True)
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+        raise
+    return well
+
+
+# ---- the tables: functions of docs/figures.json that return lines
+
+
+def found(known: dict, series: Series, seeds: int, stage: str) -> dict[int, dict]:
+    """The stored runs of a series that have the figures of a stage, by seed."""
+    runs = {seed: known.get(series.name(seed), {}) for seed in range(seeds)}
+    return {seed: run for seed, run in runs.items() if done(run, stage)}
+
+
+def values(runs: dict[int, dict], key: str, part: str = "figures") -> list[float]:
+    return [run[part][key] for run in runs.values() if key in run.get(part, {})]
+
+
+def mean(numbers: list[float], digits: int = 2) -> str:
+    """Mean and standard error."""
+    error = f" ± {stdev(numbers) / sqrt(len(numbers)):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{fmean(numbers):.{digits}f}{error}" if numbers else ""
+
+
+def deviation(numbers: list[float], digits: int = 2) -> str:
+    return f"{stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+
+
+def count(runs: dict | list, seeds: int) -> str:
+    return str(seeds) if len(runs) == seeds else f"{len(runs)} of {seeds}"
+
+
+def row(*cells) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def head(*cells) -> list[str]:
+    return [row(*cells), "|" + "---|" * len(cells)]
+
+
+def averages(
+    known: dict, first: str, rows: dict, seeds: int, stage: str, columns: list, spread: bool = False
+) -> list[str]:
+    """A row per series: means of columns (title, key, digits, key in results.json); spread: and standard deviations."""
+    lines = head(first, *(title for title, *_ in columns), "seeds")
+    for label, series in rows.items():
+        runs = found(known, series, seeds, stage)
+        numbers = [(values(runs, key, *part), digits) for _, key, digits, *part in columns]
+        lines.append(row(label, *(mean(*column) for column in numbers), count(runs, seeds)))
+        lines += [row("s.d.", *(deviation(*column) for column in numbers), "")] if spread else []
+    return lines
+
+
+def summary(known: dict) -> list[str]:
+    return averages(known, "", BINARY, 10, "subset", [(title, key, 2) for key, title in BOUNDS.items()], spread=True)
+
+
+def per_seed(known: dict, model: str) -> list[str]:
+    more = [("ESS of 1000", "ess_1000", 1), ("active", "active", 1)]
+    more += [("components", "components", 1)] if model == "GMVAE" else []
+    columns = [(title, key, 2) for key, title in BOUNDS.items()] + more
+    places = {key: 0 if key in ("active", "components") else digits for _, key, digits in columns}
+    lines = averages(known, "seed", {"**mean**": BINARY[model]}, 10, "subset", columns, spread=True)
+    for seed, run in found(known, BINARY[model], 10, "subset").items():
+        lines.insert(-2, row(seed, *(f"{run['figures'][key]:.{places[key]}f}" for key in places), ""))
+    return lines
+
+
+def whole(known: dict) -> list[str]:
+    columns = [(title, key, 2, "figures_all") for key, title in BOUNDS.items()]
+    columns += [("IWAE-5000 (seeds 0 to 2)", "niwae_5000", 2, "figures_all")]
+    lines = averages(known, "", BINARY, 10, "whole", columns, spread=True)
+    theirs = [(kind, k, figure) for kind, figures in BURDA.items() for k, figure in figures.items()]
+    return lines + [row(f"Burda et al. 2016, {kind}, k = {k}", *[""] * 7, figure, "") for kind, k, figure in theirs]
+
+
+def iwae(known: dict) -> list[str]:
+    runs = {name: found(known, series, 10, "subset") for name, series in BINARY.items()}
+    titles = [f"{name} -L_m ({count(some, 10)} seeds)" for name, some in runs.items()]
+    lines = head("m", *titles, "VAE ESS", "GMVAE ESS")
+    lines.append(row("NELBO", *(mean(values(some, "nelbo")) for some in runs.values()), "", ""))
+    for m in (1, 10, 100, 1000):
+        cells = [mean(values(some, f"niwae_{m}")) for some in runs.values()]
+        lines.append(row(m, *cells, *(mean(values(some, f"ess_{m}"), 1) for some in runs.values())))
+    pairs = [zip(values(some, "nelbo"), values(some, "niwae_1000"), strict=True) for some in runs.values()]
+    return [*lines, row("gap NELBO - (-L_1000)", *(mean([a - b for a, b in some]) for some in pairs), "", "")]
+
+
+def compared(known: dict) -> list[tuple]:
+    """Each line of OTHERS whose runs are there: label, our values seed by seed, digits, and what others have."""
+    lines = []
+    for model, key, *theirs in OTHERS:
+        needs = (SSVAE[int(model[-1])], 5, "train") if key == "accuracy" else (BINARY[model], 10, "subset")
+        if ours := values(found(known, *needs), key):
+            lines.append((f"{model} {BOUNDS.get(key, key)}", ours, 4 if key == "accuracy" else 2, *theirs))
+    return lines
+
+
+def sheet(known: dict) -> list[str]:
+    lines = head("", "ours: mean", "s.d.", "seeds", "the sheet's", "s.d.", "difference", "difference / its s.e.")
+    for label, ours, digits, (theirs, spread), *_ in compared(known):
+        difference, z = fmean(ours) - theirs, ""
+        if spread and len(ours) > 1:
+            z = f"{difference / sqrt(stdev(ours) ** 2 / len(ours) + spread**2 / 100):+.1f}"
+        cells = [f"{fmean(ours):.{digits}f}", deviation(ours, digits), len(ours), theirs, spread or ""]
+        lines.append(row(label, *cells, f"{difference:+.{digits}f}", z))
+    return lines
+
+
+def bands(known: dict) -> list[str]:
+    lines = head("", "ours: mean", "least and greatest seed", "accepted", "seeds inside", "published checkpoints")
+    for label, ours, digits, _, (low, high), published in compared(known):
+        cells = [f"{fmean(ours):.{digits}f}", f"{min(ours):.{digits}f} to {max(ours):.{digits}f}", f"{low} to {high}"]
+        cells.append(f"{sum(low <= value <= high for value in ours)} of {len(ours)}")
+        lines.append(row(label, *cells, f"{min(published)} to {max(published)}" if published else ""))
+    return lines
+
+
+def ssvae(known: dict) -> list[str]:
+    runs = [found(known, series, 5, "train") for series in SSVAE.values()]
+    lines = head("seed", *(f"gw = {gw} ({count(some, 5)} seeds)" for gw, some in enumerate(runs)))
+    for seed in sorted({seed for some in runs for seed in some}):
+        lines.append(row(seed, *(mean(values({seed: some.get(seed, {})}, "accuracy"), 4) for some in runs)))
+    lines.append(row("**mean**", *(f"**{mean(values(some, 'accuracy'), 4)}**" for some in runs)))
+    return [*lines, row("s.d.", *(deviation(values(some, "accuracy"), 4) for some in runs))]
+
+
+def per_digit(known: dict) -> list[str]:
+    lines = head("digit", *range(10), "seeds")
+    for gw, series in SSVAE.items():
+        runs = found(known, series, 5, "train")
+        columns = zip(*(run["per_digit_accuracy"] for run in runs.values()), strict=True)
+        lines += [row(f"gw = {gw}", *(f"{fmean(column):.3f}" for column in columns), count(runs, 5))] if runs else []
+    return lines
+
+
+def labels(known: dict) -> list[str]:
+    lines = head("labels", "gw = 0 (seeds)", "gw = 1 (seeds)", "M2, Kingma et al. 2014", "M2, Pyro's tutorial")
+    for n, pyro in PYRO.items():
+        runs = [found(known, LABELS[n, gw], 3, "train") for gw in (0, 1)]
+        cells = [f"{mean(values(some, 'accuracy'), 4)} ({count(some, 3)})" for some in runs]
+        m2 = f"{1 - M2_ERROR[n][0] / 100:.4f} ± {M2_ERROR[n][1] / 100:.4f}" if n in M2_ERROR else ""
+        lines.append(row(n, *cells, m2, pyro))
+    return lines
+
+
+def beta(known: dict) -> list[str]:
+    columns = [("KL", "kl", 2), ("Rec", "rec", 2), ("NELBO (beta = 1 on all)", "nelbo", 2)]
+    columns += [("IWAE-1000", "niwae_1000", 2), ("active dimensions", "active", 1)]
+    return averages(known, "beta", BETA, 3, "subset", columns)
+
+
+def train_iw(known: dict) -> list[str]:
+    columns = [("IWAE-1000, subset", "niwae_1000", 2), ("ESS of 1000", "ess_1000", 1), ("ms per step", "ms", 1, "time")]
+    columns += [("IWAE-5000, whole split", "niwae_5000", 2, "figures_all")]
+    lines = averages(known, "k", TRAIN_IW, 3, "subset", columns)
+    return lines + [row(f"Burda et al. 2016, {k}", "", "", "", figure, "") for k, figure in BURDA["IWAE"].items()]
+
+
+def fsvae(known: dict) -> list[str]:
+    runs = found(known, FSVAE, 2, "train")
+    lines = head("step", "NELBO, training (100 steps)", "NELBO, test", "KL, test", "Rec, test", "seeds")
+    tests = [test for run in runs.values() for test in run["tests"]]
+    for step in sorted({test["step"] for test in tests}):
+        some = [test for test in tests if test["step"] == step]
+        cells = [mean([test[key] for test in some], 1) for key in ("training", "nelbo", "kl", "rec")]
+        lines.append(row(f"{step:,.0f}", *cells, count(some, 2)))
+    cells = [mean(values(runs, key), 1) for key in ("nelbo", "kl", "rec")]
+    return [*lines, row("final evaluation", "", *cells, count(runs, 2))]
+
+
+BOTH = [(series, 10, "train subset") for series in BINARY.values()]
+CLASSIFIERS = [(series, 5, "train") for series in SSVAE.values()]
+TABLES = {  # what makes it, and the series, seeds and stages that it needs
+    "summary": (summary, BOTH),
+    "vae": (partial(per_seed, model="VAE"), BOTH[:1]),
+    "gmvae": (partial(per_seed, model="GMVAE"), BOTH[1:]),
+    "iwae": (iwae, BOTH),
+    "ssvae": (ssvae, CLASSIFIERS),
+    "digits": (per_digit, CLASSIFIERS),
+    "sheet": (sheet, BOTH + CLASSIFIERS),
+    "bands": (bands, BOTH + CLASSIFIERS),
+    "beta": (beta, [(series, 3, "train subset") for series in BETA.values()]),
+    "whole": (whole, [(VAE, 10, "train whole"), (GMVAE, 10, "train whole"), (VAE, 3, "train whole deep")]),
+    "fsvae": (fsvae, [(FSVAE, 2, "train")]),
+    "labels": (labels, [(series, 3, "train") for series in LABELS.values()]),
+    "train_iw": (train_iw, [(series, 3, "train subset deep") for series in TRAIN_IW.values()]),
+}
+
+
+def table(name: str, known: dict) -> list[str]:
+    """The lines of a table, or one that says that it has no runs."""
+    make, needs = TABLES[name]
+    if any(found(known, series, seeds, stage) for series, seeds, stages in needs for stage in stages.split()):
+        return make(known)
+    return [f"(no run of this table yet: `python docs/reproduce.py --only {name}`)"]
+
+
+# ---- the pages
+
+
+def marked(page: Path, names: list[str]) -> tuple[list[str], list[tuple[str, int, int]]]:
+    """A page's lines, and of each of these tables its name and where its lines begin and end."""
+    lines, places = page.read_text().splitlines(), []
+    for at, line in enumerate(lines):
+        if mark := re.fullmatch(r"<!-- table (.*) -->", line):
+            rest = [later for later in range(at + 1, len(lines)) if lines[later].startswith("<!-- ")]
+            if mark[1] not in TABLES:
+                fail(f"{page.name}:{at + 1}: there is no table {mark[1]}")
+            if not rest or lines[rest[0]] != "<!-- end -->":
+                fail(f"{page.name}:{at + 1}: table {mark[1]} has no <!-- end -->")
+            places += [(mark[1], at + 1, rest[0])] if mark[1] in names else []
+    return lines, places
+
+
+def write(names: list[str], known: dict) -> None:
+    """Put the tables between their markers."""
+    for page, (lines, places) in [(page, marked(page, names)) for page in PAGES]:  # all are read before one is written
+        for name, begin, end in reversed(places):
+            lines[begin:end] = table(name, known)
+        page.write_text("\n".join(lines) + "\n")
+        print(f"{page.name}: {', '.join(name for name, *_ in places) or 'no table'}")
+
+
+def check(names: list[str], known: dict) -> int:
+    """Name each line of a table that write would change; return their number."""
+    count = 0
+    for page in PAGES:
+        lines, places = marked(page, names)
+        for name, begin, end in places:
+            for at, (old, new) in enumerate(zip_longest(lines[begin:end], table(name, known), fillvalue="nothing")):
+                if old != new:
+                    count += 1
+                    print(f"{page.name}:{begin + at + 1}: table {name}: is {old}, would be {new}")
+    print(f"{count} difference{'s' * (count != 1)}")
+    return count
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = fail
+    text = f"tables, of {', '.join(TABLES)} (default: all)"
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), metavar="NAME", help=text)
+    parser.add_argument("--data_dir", metavar="DIR", help="folder of the data sets, handed to the scripts")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (default: cores)")
+    parser.add_argument("--collect", action="store_true", help="run nothing; read logs/ into docs/figures.json")
+    parser.add_argument("--write", action="store_true", help="run nothing; put the tables into README.md and write-up")
+    parser.add_argument("--check", action="store_true", help="run nothing; name where those tables differ")
+    flags = parser.parse_args(argv)
+    if flags.jobs < 1:
+        fail(f"argument --jobs: takes a whole number from 1, not {flags.jobs}")
+    if flags.data_dir is not None and not Path(flags.data_dir).is_dir():
+        fail(f"argument --data_dir: there is no folder {flags.data_dir}")
+    runs, code = needed(flags.only), 0
+    only_pages = (flags.write or flags.check) and not flags.collect
+    if not (flags.collect or only_pages):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            code = 0 if run_all(runs, flags.jobs, flags.data_dir) else 1
+        except KeyboardInterrupt:
+            code = 130
+            print("stopped; the same command goes on from there", file=sys.stderr)
+    known = stored() if only_pages else collect(runs)
+    if flags.write:
+        write(flags.only, known)
+    if flags.check:
+        code = 1 if check(flags.only, known) else code
+    for name in [] if flags.write or flags.check else flags.only:
+        print("\n".join(["", f"<!-- table {name} -->", *table(name, known), "<!-- end -->"]))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

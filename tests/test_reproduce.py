@@ -1,0 +1,246 @@
+"""docs/reproduce.py runs what is not done, stores what counts and keeps the pages' tables; its scripts here pretend."""
+
+import importlib
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, wait_for
+
+from codebase.runtime import options, report
+
+FIGURES = {"kl": 19.25, "rec": 82.5, "nelbo": 101.75, "active": 10, "components": 500}
+FIGURES |= {f"{name}_{m}": 100.0 - m / 1000 for name in ("niwae", "ess") for m in (1, 10, 100, 1000)}
+PRETEND = """
+import json, pathlib, sys
+name, stage, seed, mode = sys.argv[1:]
+with open("calls", "a") as file:
+    file.write(name + " " + stage + "\\n")
+if mode == "fail" and seed == "1":
+    sys.exit("run_vae.py: error: the disk is full")
+folder = pathlib.Path("logs", name)
+folder.mkdir(parents=True, exist_ok=True)
+path = folder / "results.json"
+known = json.loads(path.read_text()) if path.exists() else {}
+known |= {"data": "drawn digits, not MNIST" if mode == "digits" else "mnist", "test_images": 10000, "step": 20000}
+found = {"nelbo": 101 + int(seed) / 10, "kl": 19.0, "rec": 82.0, "active": 10}
+found |= {f"{key}_{m}": 98.0 for key in ("niwae", "ess") for m in (1, 10, 100, 1000)} if stage != "train" else {}
+path.write_text(json.dumps(known | {"figures": found}))
+"""
+
+
+@pytest.fixture
+def reproduce(tmp_path, monkeypatch):
+    """The module, in an empty folder and with pages and figures.json in it; no script is started in earnest."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    module = importlib.import_module("reproduce")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "FIGURES", tmp_path / "figures.json")
+    pages = [tmp_path / "README.md", tmp_path / "writeup.md"]
+    for page in pages:
+        page.write_text("# Title\n\n<!-- table vae -->\nold\n<!-- end -->\nlast line\n")
+    monkeypatch.setattr(module, "PAGES", pages)
+    monkeypatch.setattr(module, "command", lambda *_: pytest.fail("a script was started"))
+    before = signal.getsignal(signal.SIGTERM)
+    yield module
+    signal.signal(signal.SIGTERM, before)
+
+
+def pretend(module, monkeypatch, mode=""):
+    def command(series, seed, stage, data_dir):
+        return [sys.executable, "-c", PRETEND, series.name(seed), stage, str(seed), mode]
+
+    monkeypatch.setattr(module, "command", command)
+
+
+def log(module, series, seed, folder, **changes):
+    """A run's results.json as a script leaves it."""
+    data, test_images = module.REAL[series.data]
+    found = {"data": data, "test_images": test_images, "step": series.step, "figures": dict(FIGURES)}
+    path = folder / "logs" / series.name(seed) / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found | changes))
+    return path.parent
+
+
+def test_every_series_is_what_its_script_calls_it_and_its_flags_are_taken(reproduce, monkeypatch):
+    monkeypatch.undo()  # the command lines in earnest
+    for series, seed in reproduce.needed(list(reproduce.TABLES)):
+        kind = importlib.import_module(series.script.removesuffix(".py")).Run
+        for stage in reproduce.STAGES if kind.model in ("vae", "gmvae") else ["train"]:
+            values = options.parse(kind, "", reproduce.command(series, seed, stage, "data")[2:])
+            run = kind(**{key: value for key, value in values.items() if key != "runs"})
+            assert (run.name, run.iter_max) == (series.name(seed), series.step)
+            assert report.described(run) == reproduce.REAL[series.data][0]
+
+
+def test_it_goes_on_where_it_stopped(reproduce, tmp_path, monkeypatch, capsys):
+    pretend(reproduce, monkeypatch)
+    log(reproduce, reproduce.VAE, 0, tmp_path)  # trained and evaluated
+    log(reproduce, reproduce.VAE, 1, tmp_path, figures={"nelbo": 101.0})  # trained
+    assert reproduce.main(["--only", "vae", "--jobs", "3"]) == 0
+    said, calls = capsys.readouterr().out, (tmp_path / "calls").read_text().splitlines()
+    assert said.startswith("9 of 10 runs are to do, 3 at a time: 2")
+    assert len(calls) == len(set(calls)) == 1 + 2 * 8 and f"{reproduce.VAE.name(1)} train" not in calls
+    assert not any(line.startswith(reproduce.VAE.name(0)) for line in calls)
+    assert reproduce.main(["--only", "vae"]) == 0 and "0 of 10 runs" in capsys.readouterr().out
+    assert len((tmp_path / "calls").read_text().splitlines()) == len(calls)
+    kept = json.loads((tmp_path / "figures.json").read_text())
+    assert len(kept) == 10 and kept[reproduce.VAE.name(3)]["flags"] == "run_vae.py --run 3"
+
+
+def test_a_failed_run_is_reported_and_the_others_go_on(reproduce, tmp_path, monkeypatch, capsys):
+    pretend(reproduce, monkeypatch, "fail")
+    assert reproduce.main(["--only", "vae", "--jobs", "3"]) == 1
+    said = capsys.readouterr().out
+    assert f"{reproduce.VAE.name(1)}: train FAILED, exit code 1: run_vae.py: error: the disk is full" in said
+    assert "**mean** | 101.49 ± 0.10 |" in said and "| 9 of 10 |" in said
+
+
+def test_a_run_on_drawn_digits_is_reported(reproduce, monkeypatch, capsys):
+    pretend(reproduce, monkeypatch, "digits")
+    assert reproduce.main(["--only", "vae"]) == 1
+    assert (
+        capsys.readouterr().out.count(
+            "its figures do not count: drawn digits, not MNIST, 10000 test images, step 20000"
+        )
+        == 10
+        and not reproduce.FIGURES.exists()
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": "drawn digits, not MNIST"},
+        {"data": "mnist, files not verified"},
+        {"data": "own.npz"},
+        {"step": 500},
+        {"test_images": 100},
+        {"evaluated_on": "training images"},
+        {"figures": {}},
+    ],
+    ids=str,
+)
+def test_what_is_not_real_does_not_count(changes, reproduce, tmp_path):
+    log(reproduce, reproduce.VAE, 0, tmp_path, **changes)
+    assert not reproduce.done(reproduce.results(reproduce.VAE, 0), "subset")
+    known = reproduce.collect({(reproduce.VAE, 0): []})
+    assert reproduce.table("vae", known) == ["(no run of this table yet: `python docs/reproduce.py --only vae`)"]
+
+
+def test_damaged_results_do_not_count(reproduce, tmp_path):
+    (log(reproduce, reproduce.VAE, 0, tmp_path) / "results.json").write_text('{"data": ')
+    assert reproduce.results(reproduce.VAE, 0) == {}
+
+
+def test_seeds_that_are_there_are_counted(reproduce, tmp_path, capsys):
+    for seed in (0, 4):
+        log(reproduce, reproduce.VAE, seed, tmp_path, figures=FIGURES | {"nelbo": 101.0 + seed})
+    assert reproduce.main(["--only", "vae", "beta", "--collect"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(("| 0 | 101.00 |", "| 4 | 105.00 |")) for line in lines) == 2
+    mean = next(line for line in lines if "**mean**" in line)
+    assert mean.startswith("| **mean** | 103.00 ± 2.00 |") and mean.endswith("| 2 of 10 |")
+    assert "| 1 | 19.25 | 82.50 | 101.00 | 99.00 | 10.0 | 1 of 3 |" in lines
+
+
+def test_every_table_can_be_made(reproduce, tmp_path, capsys):
+    runs = reproduce.needed(list(reproduce.TABLES))
+    for series, seed in runs:
+        more = {"figures_all": FIGURES | {"niwae_5000": 93.8}, "per_digit_accuracy": [0.9] * 10}
+        folder = log(reproduce, series, seed, tmp_path, figures=FIGURES | {"accuracy": 0.94 + seed / 1000}, **more)
+        (folder / "metrics.csv").write_text(f"step,nelbo,seconds\n10000,-590.5,50\n{series.step},-596.25,110\n")
+        (folder / "test.csv").write_text("step,nelbo,kl,rec\n10000,-565.5,20,-585.5\n")
+        (folder / "config.json").write_text('{"torch": "2.15"}')
+    assert reproduce.main(["--collect"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{len(runs)} of {len(runs)} runs are in logs/, {len(runs)} of them new")
+    assert "| VAE NELBO | 101.75 | 0.00 | 10 | 101.5 | 0.55 | +0.25 | +4.5 |" in said
+    assert "| VAE NELBO | 101.75 | 101.75 to 101.75 | 98 to 102 | 10 of 10 | 101.04 to 101.82 |" in said
+    assert "| SSVAE gw = 1 accuracy | 0.9420 | 0.0016 | 5 | 0.934 | 0.0139 | +0.0080 | +5.1 |" in said
+    assert "| 1000 | 0.9410 ± 0.0006 (3) | 0.9410 ± 0.0006 (3) | 0.9640 ± 0.0056 | 0.9487 |" in said
+    assert "| 5 | 99.00 ± 0.00 | 99.0 ± 0.0 | 5.5 ± 0.0 | 93.80 ± 0.00 | 3 |" in said  # 110 s in 20,000 steps
+    assert "| 10,000 | -590.5 ± 0.0 | -565.5 ± 0.0 | 20.0 ± 0.0 | -585.5 ± 0.0 | 2 |" in said
+    known = json.loads((tmp_path / "figures.json").read_text())
+    assert known[reproduce.FSVAE.name(1)]["torch"] == "2.15" and all(run["cpu"] for run in known.values())
+    for name in reproduce.TABLES:
+        lines = reproduce.table(name, known)
+        assert len({line.count("|") for line in lines}) == 1, name  # as many cells in each row
+    assert reproduce.main(["--collect"]) == 0 and " 0 of them new" in capsys.readouterr().out
+
+
+def test_figures_of_runs_elsewhere_stay(reproduce, tmp_path):
+    (tmp_path / "figures.json").write_text('{"model=vae_z=10_run=0003": {"figures": {"nelbo": 1}, "cpu": "A"}}')
+    log(reproduce, reproduce.VAE, 0, tmp_path)
+    assert reproduce.main(["--only", "vae", "--collect"]) == 0
+    known = json.loads((tmp_path / "figures.json").read_text())
+    assert (
+        sorted(known) == [reproduce.VAE.name(0), reproduce.VAE.name(3)] and known[reproduce.VAE.name(3)]["cpu"] == "A"
+    )
+
+
+def test_check_passes_after_write_and_names_a_changed_digit(reproduce, tmp_path, capsys):
+    log(reproduce, reproduce.VAE, 0, tmp_path)
+    assert reproduce.main(["--collect", "--write"]) == 0 and reproduce.main(["--check"]) == 0
+    page = tmp_path / "README.md"
+    text = page.read_text()
+    assert text.startswith("# Title\n\n<!-- table vae -->\n| seed |") and text.endswith("|\n<!-- end -->\nlast line\n")
+    page.write_text(text.replace("| 0 | 101.75 |", "| 0 | 101.76 |"))
+    capsys.readouterr()
+    assert reproduce.main(["--check"]) == 1
+    said = capsys.readouterr().out
+    assert "README.md:6: table vae: is | 0 | 101.76 |" in said and "would be | 0 | 101.75 |" in said
+    assert said.endswith("1 difference\n")
+    assert reproduce.main(["--check", "--only", "beta"]) == 0  # which stands in no page
+    page.write_text(text.replace("<!-- end -->", "| 1 | 2 |\n<!-- end -->"))
+    assert reproduce.main(["--check"]) == 1 and "is | 1 | 2 |, would be nothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "page, message",
+    [
+        ("<!-- table vea -->\n<!-- end -->\n", "writeup.md:1: there is no table vea"),
+        ("\n<!-- table vae -->\n| 1 |\n", "writeup.md:2: table vae has no <!-- end -->"),
+        ("<!-- table vae -->\n<!-- table beta -->\n<!-- end -->\n", "writeup.md:1: table vae has no <!-- end -->"),
+    ],
+)
+def test_wrong_markers_get_one_line_and_change_nothing(page, message, reproduce, tmp_path, capsys):
+    (tmp_path / "writeup.md").write_text(page)
+    for flag in ("--write", "--check"):
+        with pytest.raises(SystemExit) as stopped:
+            reproduce.main([flag])
+        assert stopped.value.code == 2 and capsys.readouterr().err == f"reproduce.py: error: {message}\n"
+    assert (tmp_path / "writeup.md").read_text() == page and "old" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("words", ["--only vea", "--jobs 0", "--jobs x", "--data_dir nowhere", "--chek", "--check"])
+def test_bad_input_gets_one_line(words, reproduce, tmp_path, capsys):
+    (tmp_path / "figures.json").write_text("{" if words == "--check" else "{}")
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main(words.split())
+    assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_runs_and_says_how_to_go_on(number, tmp_path):
+    child = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(open(sys.argv[1], 'w').close()));"
+    )
+    child += "open(sys.argv[1] + 'began', 'w').close(); time.sleep(60)"
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'docs')!r}); import reproduce, pathlib\n"
+    code += "reproduce.FIGURES = pathlib.Path('figures.json')\n"
+    code += f"reproduce.command = lambda series, seed, *_: [sys.executable, '-c', {child!r}, str(seed)]\n"
+    code += "sys.exit(reproduce.main(['--only', 'vae', '--jobs', '2']))"
+    words = [sys.executable, "-c", code]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for seed in (0, 1):
+        wait_for(tmp_path / f"{seed}began", process)
+    time.sleep(0.1)
+    process.send_signal(number)
+    said, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error == "stopped; the same command goes on from there\n", said + error
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "0began", "1began", "logs"}

@@ -427,6 +427,7 @@ def test_beside_a_state_of_another_revision_weights_load_and_training_can_start_
     assert checkpoint_steps(tmp_path, "vae") == [20]
 
 
+@pytest.mark.long
 def test_ssvae_with_a_batch_of_ten_thousand_fits_in_two_gigabytes(tmp_path, digits_dir, long):
     flags = ("--data", "digits", "--data_dir", digits_dir, "--iter_max", 3 if long else 1, "--batch_size", 10_000)
     # started from a small process: a child's peak counts the one that started it
@@ -480,6 +481,7 @@ def test_a_large_number_of_samples_needs_no_more_memory_than_a_small_one():
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.long
 def test_four_replicates_at_once_give_the_figures_of_one_after_another(tmp_path, digits_dir, script):
     """Separate folders, one thread each: neighbours on the machine change nothing but the time."""
     environment, flags = {**os.environ, "OMP_NUM_THREADS": "1"}, ("--iter_max", 20)

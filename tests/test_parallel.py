@@ -106,6 +106,7 @@ def test_two_processes_train_the_same_model_as_one(model, flags, part, folders, 
     assert together.stdout.count("trained to step") == 1 and "steps: plain (2 processes)" in together.stdout
 
 
+@pytest.mark.long
 def test_a_series_of_runs_on_three_processes_equals_that_of_one(folders, digits_dir, script):
     one, many = folders
     alone = script("vae", *SHORT, "--runs", 2, cwd=one)
@@ -120,6 +121,7 @@ def test_a_series_of_runs_on_three_processes_equals_that_of_one(folders, digits_
         assert mine == pytest.approx(wanted, rel=1e-3)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_more_processes_and_evaluation_shares_the_samples(folders, digits_dir, script):
     """GMVAE with --run, which torchrun takes for an option of its own unless -- comes before the script."""
     (one, many), name = folders, NAMES["gmvae"].replace("0000", "0003")

@@ -18,8 +18,7 @@ class JointLinear(nn.Linear):
         super().__init__(x_dim + y_dim, out_dim)
         self.sizes = [x_dim, y_dim]
 
-    def forward(self, inputs: tuple[Tensor, Tensor | None]) -> Tensor:
-        x, y = inputs
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         if y is None or x.shape[:-1] == y.shape[:-1]:
             return super().forward(x if y is None else torch.cat([x, y], -1))
         w_x, w_y = self.weight.split(self.sizes, 1)
@@ -36,7 +35,11 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """x: (..., x_dim); y: (..., y_dim), where the network has one. Returns (..., out_dim)."""
-        return self.net((x, y))
+        first, *rest = self.net
+        h = first(x, y)
+        for layer in rest:
+            h = layer(h)
+        return h
 
 
 class Encoder(Network):

@@ -168,6 +168,7 @@ processes.Ranks.first_to_fail = lambda self: (time.sleep(0.1 if RANK == 0 else 0
     assert checkpoint_steps(tmp_path, "vae") == []
 
 
+@pytest.mark.long
 def test_processes_without_a_shared_folder_stop_and_go_on_together_whoever_gets_the_signal(wrapped, tmp_path, script):
     one, first, other = (tmp_path / name for name in ("one", "rank0", "rank1"))
     for folder in (one, first, other):
@@ -244,6 +245,7 @@ def test_a_process_that_dies_in_training_ends_all_with_one_line_and_the_run_goes
 
 
 @pytest.mark.parametrize("seconds", [pytest.param(0, marks=pytest.mark.long), 3])
+@pytest.mark.long
 def test_a_process_that_dies_in_evaluation_ends_all_with_one_line(seconds, wrapped, tmp_path):
     """Whether the other one waits for it, or is busy when torchrun ends it."""
     late = f"""bounds = evaluate.bounds

@@ -236,6 +236,7 @@ def test_the_figures_of_a_checkpoint_are_those_of_its_weights_on_the_test_images
     assert rows[0][FIGURES[model][0]] != rows[1][FIGURES[model][0]]
 
 
+@pytest.mark.long
 def test_the_figures_of_an_fsvaes_checkpoint_are_those_of_a_thousand_test_images(finished, tmp_path, digits_dir):
     finished("fsvae")
     images = data.drawn_digits(str(digits_dir), "test", colour=True)

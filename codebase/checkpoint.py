@@ -72,7 +72,7 @@ def load_state(model: nn.Module, run: Run) -> dict[str, Any] | None:
     state = _read_tensors(path)
     ours = f"{path} is of another revision, which this one does not go on from (--train 0 loads its weights): {RESTART}"
     require(state.get("format") == FORMAT, ours)
-    missing = ", ".join(STATE - state.keys())
+    missing = ", ".join(sorted(STATE - state.keys()))
     require(not missing, f"{path} is no state to go on from: it has no {missing}")
     if state["step"] == 0 and not stored_steps(run.name):
         return None  # nothing was trained yet, so nothing is bound to its settings

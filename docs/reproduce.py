@@ -4,8 +4,9 @@
 python docs/reproduce.py --data_dir DIR trains and evaluates by the scripts' own command lines in the current folder,
 as many runs at a time as there are cores, one thread each, and goes on where it stopped. All of it takes about 14 hours
 of one core. What it finds it stores in docs/figures.json, from which --write and --check make the tables, on a clone
-without any run too. A table stands between <!-- table NAME --> and <!-- end -->. The table fsvae takes the sample of
-10,366 SVHN digits in DIR; figures of other files, of drawn digits, or of another number of steps do not count.
+without any run too; --pictures takes the pictures from logs/. A table stands between <!-- table NAME --> and
+<!-- end -->. The table fsvae takes the sample of 10,366 SVHN digits in DIR; figures of other files, of drawn digits, or
+of another number of steps do not count.
 """
 
 import argparse
@@ -87,9 +88,16 @@ LABELS = {(100, gw): series for gw, series in SSVAE.items()} | {
     for n in (600, 1000, 3000)
     for gw, series in SSVAE.items()
 }
-FSVAE_FLAGS = "--split train --check_data 0 --iter_max 50000 --iter_save 10000"
-FSVAE = Series("fsvae_split=train", FSVAE_FLAGS, 50_000, 22)
+FSVAE = Series("fsvae_split=train", "--split train --check_data 0 --iter_max 50000 --iter_save 2000", 50_000, 22)
 BINARY = {"VAE": VAE, "GMVAE": GMVAE}
+PICTURES = {  # in docs/: of which series' seed 0, and which picture
+    "vae-samples": (VAE, "samples"),
+    "gmvae-samples": (GMVAE, "samples"),
+    "gmvae-latent": (GMVAE, "latent"),
+    "ssvae-confusion": (SSVAE[1], "confusion"),
+    "ssvae-styles": (SSVAE[1], "styles"),
+    "fsvae-curves": (FSVAE, "curves"),
+} | {f"fsvae-{step}": (FSVAE, f"samples-{step:07d}") for step in (2000, 4000, 10_000, 50_000)}
 STAGES = {  # of a run: more flags, the key in results.json and the figure that it adds there, minutes of a core
     "train": ("", "figures", "", None),
     "subset": ("--train 0", "figures", "niwae_1000", 0.2),
@@ -223,16 +231,13 @@ def run_all(runs: dict[tuple[Series, int], list[str]], jobs: int, data_dir: str 
     """Run what is not done yet, the stages of a run one after another; return whether all went well."""
     left = {run: [stage for stage in stages if not done(results(*run), stage)] for run, stages in runs.items()}
     left = {run: stages for run, stages in left.items() if stages}
+    waiting, running, well = list(left), {}, True
 
     def time_left() -> str:
         total = sum(minutes(*run, stage) for run, stages in left.items() for stage in stages)
         return f"{total:.0f} core-minutes, about {total / 60 / max(1, min(jobs, len(left))):.1f} hours"
 
-    print(f"{len(left)} of {len(runs)} runs are to do, {jobs} at a time: {time_left()}")
-    for series in dict.fromkeys(series for series, _ in left):
-        seeds = " ".join(str(seed) for other, seed in left if other == series)
-        print(f"  {series.script} {series.flags} --run {seeds}".replace("  --run", " --run"), flush=True)
-    waiting, running, well = list(left), {}, True
+    print(f"{len(left)} of {len(runs)} runs are to do, {jobs} at a time: {time_left()}", flush=True)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -240,15 +245,15 @@ def run_all(runs: dict[tuple[Series, int], list[str]], jobs: int, data_dir: str 
                 running[run] = start(command(*run, left[run][0], data_dir), Path("logs", f"{run[0].name(run[1])}.txt"))
             time.sleep(0.1)
             for run in [run for run, process in running.items() if process.poll() is not None]:
-                name, code, stage = run[0].name(run[1]), running.pop(run).returncode, left[run].pop(0)
-                state = f"{stage} done"
+                code, stage = running.pop(run).returncode, left[run].pop(0)
                 if why := problem(*run, stage, code):
-                    state, well, left[run] = f"{stage} FAILED, {why}", False, []
+                    well, left[run] = False, []
                 if left[run]:
                     waiting.insert(0, run)
                 else:
                     del left[run]
-                print(f"{name}: {state}; left: {time_left()}", flush=True)
+                state = f"FAILED, {why}" if why else "done"
+                print(f"{run[0].name(run[1])}: {stage} {state}; left: {time_left()}", flush=True)
     except KeyboardInterrupt:
         print("stopping: the runs save their state", flush=True)
         for process in running.values():
@@ -269,7 +274,10 @@ def found(known: dict, series: Series, seeds: int, stage: str) -> dict[int, dict
 
 
 def values(runs: dict[int, dict], key: str, part: str = "figures") -> list[float]:
-    return [run[part][key] for run in runs.values() if key in run.get(part, {})]
+    found = [run.get(part, {}) for run in runs.values()]
+    if key == "gap":
+        return [figures["nelbo"] - figures["niwae_1000"] for figures in found if "niwae_1000" in figures]
+    return [figures[key] for figures in found if key in figures]
 
 
 def mean(numbers: list[float], digits: int = 2) -> str:
@@ -294,9 +302,7 @@ def head(*cells) -> list[str]:
     return [row(*cells), "|" + "---|" * len(cells)]
 
 
-def averages(
-    known: dict, first: str, rows: dict, seeds: int, stage: str, columns: list, spread: bool = False
-) -> list[str]:
+def averages(known: dict, first: str, rows: dict, seeds: int, stage: str, columns: list, spread: bool = False):
     """A row per series: means of columns (title, key, digits, key in results.json); spread: and standard deviations."""
     lines = head(first, *(title for title, *_ in columns), "seeds")
     for label, series in rows.items():
@@ -312,14 +318,19 @@ def summary(known: dict) -> list[str]:
 
 
 def per_seed(known: dict, model: str) -> list[str]:
-    more = [("ESS of 1000", "ess_1000", 1), ("active", "active", 1)]
-    more += [("components", "components", 1)] if model == "GMVAE" else []
-    columns = [(title, key, 2) for key, title in BOUNDS.items()] + more
-    places = {key: 0 if key in ("active", "components") else digits for _, key, digits in columns}
+    whole = {"active": "active dimensions"} | ({"components": "components used"} if model == "GMVAE" else {})
+    columns = [(title, key, 2) for key, title in BOUNDS.items()] + [(title, key, 1) for key, title in whole.items()]
     lines = averages(known, "seed", {"**mean**": BINARY[model]}, 10, "subset", columns, spread=True)
     for seed, run in found(known, BINARY[model], 10, "subset").items():
-        lines.insert(-2, row(seed, *(f"{run['figures'][key]:.{places[key]}f}" for key in places), ""))
+        cells = [f"{run['figures'][key]:.{0 if key in whole else 2}f}" for _, key, _ in columns]
+        lines.insert(-2, row(seed, *cells, ""))
     return lines
+
+
+def iwae(known: dict) -> list[str]:
+    columns = [("gap NELBO - IWAE-1000", "gap", 2)]
+    columns += [(f"effective sample size of {m}", f"ess_{m}", 1) for m in (10, 100, 1000)]
+    return averages(known, "", BINARY, 10, "subset", columns, spread=True)
 
 
 def whole(known: dict) -> list[str]:
@@ -330,55 +341,34 @@ def whole(known: dict) -> list[str]:
     return lines + [row(f"Burda et al. 2016, {kind}, k = {k}", *[""] * 7, figure, "") for kind, k, figure in theirs]
 
 
-def iwae(known: dict) -> list[str]:
-    runs = {name: found(known, series, 10, "subset") for name, series in BINARY.items()}
-    titles = [f"{name} -L_m ({count(some, 10)} seeds)" for name, some in runs.items()]
-    lines = head("m", *titles, "VAE ESS", "GMVAE ESS")
-    lines.append(row("NELBO", *(mean(values(some, "nelbo")) for some in runs.values()), "", ""))
-    for m in (1, 10, 100, 1000):
-        cells = [mean(values(some, f"niwae_{m}")) for some in runs.values()]
-        lines.append(row(m, *cells, *(mean(values(some, f"ess_{m}"), 1) for some in runs.values())))
-    pairs = [zip(values(some, "nelbo"), values(some, "niwae_1000"), strict=True) for some in runs.values()]
-    return [*lines, row("gap NELBO - (-L_1000)", *(mean([a - b for a, b in some]) for some in pairs), "", "")]
-
-
-def compared(known: dict) -> list[tuple]:
-    """Each line of OTHERS whose runs are there: label, our values seed by seed, digits, and what others have."""
-    lines = []
-    for model, key, *theirs in OTHERS:
-        needs = (SSVAE[int(model[-1])], 5, "train") if key == "accuracy" else (BINARY[model], 10, "subset")
-        if ours := values(found(known, *needs), key):
-            lines.append((f"{model} {BOUNDS.get(key, key)}", ours, 4 if key == "accuracy" else 2, *theirs))
-    return lines
-
-
 def sheet(known: dict) -> list[str]:
-    lines = head("", "ours: mean", "s.d.", "seeds", "the sheet's", "s.d.", "difference", "difference / its s.e.")
-    for label, ours, digits, (theirs, spread), *_ in compared(known):
-        difference, z = fmean(ours) - theirs, ""
-        if spread and len(ours) > 1:
-            z = f"{difference / sqrt(stdev(ours) ** 2 / len(ours) + spread**2 / 100):+.1f}"
-        cells = [f"{fmean(ours):.{digits}f}", deviation(ours, digits), len(ours), theirs, spread or ""]
-        lines.append(row(label, *cells, f"{difference:+.{digits}f}", z))
-    return lines
-
-
-def bands(known: dict) -> list[str]:
-    lines = head("", "ours: mean", "least and greatest seed", "accepted", "seeds inside", "published checkpoints")
-    for label, ours, digits, _, (low, high), published in compared(known):
-        cells = [f"{fmean(ours):.{digits}f}", f"{min(ours):.{digits}f} to {max(ours):.{digits}f}", f"{low} to {high}"]
-        cells.append(f"{sum(low <= value <= high for value in ours)} of {len(ours)}")
-        lines.append(row(label, *cells, f"{min(published)} to {max(published)}" if published else ""))
+    ours = ("ours", "s.d.", "least to greatest seed")
+    lines = head(
+        "", *ours, "sheet", "s.d.", "difference / its s.e.", "accepted", "seeds inside", "published checkpoints"
+    )
+    for model, key, (theirs, spread), (low, high), published in OTHERS:
+        needs = (SSVAE[int(model[-1])], 5, "train") if key == "accuracy" else (BINARY[model], 10, "subset")
+        if not (seeds := values(found(known, *needs), key)):
+            continue
+        digits, z = 4 if key == "accuracy" else 2, ""
+        if spread and len(seeds) > 1:
+            z = f"{(fmean(seeds) - theirs) / sqrt(stdev(seeds) ** 2 / len(seeds) + spread**2 / 100):+.1f}"
+        cells = [mean(seeds, digits), deviation(seeds, digits), f"{min(seeds):.{digits}f} to {max(seeds):.{digits}f}"]
+        cells += [theirs, spread or "", z, f"{low} to {high}"]
+        cells.append(f"{sum(low <= value <= high for value in seeds)} of {len(seeds)}")
+        cells.append(f"{min(published)} to {max(published)}" if published else "")
+        lines.append(row(f"{model} {BOUNDS.get(key, key)}", *cells))
     return lines
 
 
 def ssvae(known: dict) -> list[str]:
-    runs = [found(known, series, 5, "train") for series in SSVAE.values()]
-    lines = head("seed", *(f"gw = {gw} ({count(some, 5)} seeds)" for gw, some in enumerate(runs)))
-    for seed in sorted({seed for some in runs for seed in some}):
-        lines.append(row(seed, *(mean(values({seed: some.get(seed, {})}, "accuracy"), 4) for some in runs)))
-    lines.append(row("**mean**", *(f"**{mean(values(some, 'accuracy'), 4)}**" for some in runs)))
-    return [*lines, row("s.d.", *(deviation(values(some, "accuracy"), 4) for some in runs))]
+    lines = head("", "accuracy", "s.d.", *(f"seed {seed}" for seed in range(5)))
+    for gw, series in SSVAE.items():
+        runs = found(known, series, 5, "train")
+        each = [mean(values({0: runs.get(seed, {})}, "accuracy"), 4) for seed in range(5)]
+        numbers = values(runs, "accuracy")
+        lines.append(row(f"gw = {gw}", mean(numbers, 4), deviation(numbers, 4), *each))
+    return lines
 
 
 def per_digit(known: dict) -> list[str]:
@@ -417,7 +407,7 @@ def fsvae(known: dict) -> list[str]:
     runs = found(known, FSVAE, 2, "train")
     lines = head("step", "NELBO, training (100 steps)", "NELBO, test", "KL, test", "Rec, test", "seeds")
     tests = [test for run in runs.values() for test in run["tests"]]
-    for step in sorted({test["step"] for test in tests}):
+    for step in sorted({test["step"] for test in tests if test["step"] in (2000, 4000) or test["step"] % 10_000 == 0}):
         some = [test for test in tests if test["step"] == step]
         cells = [mean([test[key] for test in some], 1) for key in ("training", "nelbo", "kl", "rec")]
         lines.append(row(f"{step:,.0f}", *cells, count(some, 2)))
@@ -435,7 +425,6 @@ TABLES = {  # what makes it, and the series, seeds and stages that it needs
     "ssvae": (ssvae, CLASSIFIERS),
     "digits": (per_digit, CLASSIFIERS),
     "sheet": (sheet, BOTH + CLASSIFIERS),
-    "bands": (bands, BOTH + CLASSIFIERS),
     "beta": (beta, [(series, 3, "train subset") for series in BETA.values()]),
     "whole": (whole, [(VAE, 10, "train whole"), (GMVAE, 10, "train whole"), (VAE, 3, "train whole deep")]),
     "fsvae": (fsvae, [(FSVAE, 2, "train")]),
@@ -492,6 +481,49 @@ def check(names: list[str], known: dict) -> int:
     return count
 
 
+# ---- the pictures
+
+
+def pictures(known: dict) -> None:
+    """Take the pictures that the pages show from logs/, street-view digits at half their size, and draw beta.png."""
+    from matplotlib import image  # only here: the tables need no matplotlib
+
+    if all(Path("logs", series.name(0), "samples.png").exists() for series in BETA.values()):
+        draw_beta(known)
+    for name, (series, picture) in PICTURES.items():
+        path = Path("logs", series.name(0), f"{picture}.png")
+        if results(series, 0) and path.exists():
+            to = ROOT / "docs" / f"{name}.png"
+            if series is FSVAE and picture != "curves":
+                image.imsave(to, image.imread(path)[::2, ::2])
+            else:
+                to.write_bytes(path.read_bytes())
+            print(f"{to.name}: {path}")
+
+
+def draw_beta(known: dict) -> None:
+    """Draw docs/beta.png: the columns of the table beta, beside the first 40 samples of each beta's seed 0."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import image, pyplot
+
+    figure = pyplot.figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(4, 5))
+    axis, rows = left.subplots(), right.subplots(len(BETA), 1)
+    for key, title, style in (("rec", "reconstruction", "o-"), ("kl", "KL", "s-"), ("nelbo", "NELBO", "^-")):
+        means = [fmean(values(found(known, series, 3, "subset"), key)) for series in BETA.values()]
+        axis.plot(range(len(BETA)), means, style, label=title)
+    axis.set(xlabel="beta", ylabel="nats per image", xticks=range(len(BETA)), xticklabels=BETA)
+    axis.legend()
+    for row, (beta, series) in zip(rows, BETA.items(), strict=True):
+        row.imshow(image.imread(Path("logs", series.name(0), "samples.png"))[:112])
+        row.set(xticks=[], yticks=[])
+        row.set_ylabel(beta, rotation=0, ha="right", va="center")
+    figure.savefig(ROOT / "docs" / "beta.png", dpi=100)
+    print("beta.png: table beta, and samples.png of its runs")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
@@ -502,13 +534,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--collect", action="store_true", help="run nothing; read logs/ into docs/figures.json")
     parser.add_argument("--write", action="store_true", help="run nothing; put the tables into README.md and write-up")
     parser.add_argument("--check", action="store_true", help="run nothing; name where those tables differ")
+    parser.add_argument("--pictures", action="store_true", help="run nothing; put the pages' pictures into docs/")
     flags = parser.parse_args(argv)
     if flags.jobs < 1:
         fail(f"argument --jobs: takes a whole number from 1, not {flags.jobs}")
     if flags.data_dir is not None and not Path(flags.data_dir).is_dir():
         fail(f"argument --data_dir: there is no folder {flags.data_dir}")
     runs, code = needed(flags.only), 0
-    only_pages = (flags.write or flags.check) and not flags.collect
+    only_pages = (flags.write or flags.check or flags.pictures) and not flags.collect
     if not (flags.collect or only_pages):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
@@ -517,11 +550,13 @@ def main(argv: list[str] | None = None) -> int:
             code = 130
             print("stopped; the same command goes on from there", file=sys.stderr)
     known = stored() if only_pages else collect(runs)
+    if flags.pictures:
+        pictures(known)
     if flags.write:
         write(flags.only, known)
     if flags.check:
         code = 1 if check(flags.only, known) else code
-    for name in [] if flags.write or flags.check else flags.only:
+    for name in [] if flags.write or flags.check or flags.pictures else flags.only:
         print("\n".join(["", f"<!-- table {name} -->", *table(name, known), "<!-- end -->"]))
     return code
 

@@ -40,7 +40,7 @@ def one_run(run: Run, group) -> dict[str, float]:
 
     train.train_or_load(model, batch, len(images), run, group, at_checkpoint)
 
-    x = subset if run.subset else data.binarize_once(test.pixels)
+    x = data.test_subset(test, run.test)
     found = evaluate.bounds(model, x, () if run.train else run.iw, group=group, progress=True)
     found |= evaluate.latent_use(model, test)
     if group.main:

@@ -78,12 +78,19 @@ def binarize_once(pixels: Tensor) -> Tensor:
     return torch.from_numpy(drawn.astype(np.float32)).to(pixels.device)
 
 
-def test_subset(test: Images) -> Tensor:
-    """The course's 100 test images, class after class, binarised once and for all: (100, 784) in {0, 1}.
+def test_subset(test: Images, which: str = "subset") -> Tensor:
+    """The test images that bounds are of, binarised once and for all: (n, 784) in {0, 1}.
 
-    A split that does not have them gives its first 100 images.
+    "subset": the course's 100, class after class, or the first 100 of a split that does not have them; "2018": the
+    same, binarised as the course did until about 2020; "all": the split.
     """
-    return binarize_once(test.pixels[test.positions("test")] if test.has_course("test") else test.pixels[:100])
+    if which == "all":
+        return binarize_once(test.pixels)
+    pixels = test.pixels[test.positions("test")] if test.has_course("test") else test.pixels[:100]
+    if which == "2018":
+        drawn = torch.bernoulli(pixels.cpu() / 255, generator=torch.Generator().manual_seed(0))
+        return drawn.to(pixels.device)
+    return binarize_once(pixels)
 
 
 def labelled_set(train: Images, count: int = 100) -> Images:

@@ -55,6 +55,16 @@ def test_the_images_that_come_with_the_package_are_the_courses_to_the_last_bit()
     assert data.COURSE_IMAGES.stat().st_size < 50_000
 
 
+def test_the_old_binarisation_is_torchs_at_seed_0_and_the_whole_split_is_binarised_by_the_present_one():
+    test, before = data.course("test"), torch.get_rng_state()
+    old, whole = data.test_subset(test, "2018"), data.test_subset(test, "all")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(0)
+    assert torch.equal(old, torch.bernoulli(test.pixels / 255)) and torch.equal(whole, data.binarize_once(test.pixels))
+    many = data.Images(torch.full((230, 784), 128, dtype=torch.uint8), torch.full((230,), -1))
+    assert [len(data.test_subset(many, which)) for which in ("subset", "2018", "all")] == [100, 100, 230]
+
+
 @needs_mnist
 def test_the_images_that_come_with_the_package_are_mnists_own():
     for split in ("train", "test"):
@@ -519,10 +529,11 @@ def test_a_run_has_the_data_set_that_was_asked_for_or_the_digits_under_auto(
         ("digits", ["mnist", "digits"], True, "digits"),
     ],
 )
+@pytest.mark.parametrize("test", ["subset", "2018"])
 def test_to_evaluate_on_the_courses_images_nothing_is_downloaded_and_no_file_is_needed(
-    choose, capsys, asked, stored, present, wanted
+    choose, capsys, asked, stored, present, wanted, test
 ):
-    assert choose(asked, 0, stored, present, arrive=True, test="subset") == (wanted, False)
+    assert choose(asked, 0, stored, present, arrive=True, test=test) == (wanted, False)
     assert ("DRAWN DIGITS" in capsys.readouterr().out) == (asked == "auto" and wanted == "digits")
 
 

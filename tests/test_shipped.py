@@ -18,6 +18,7 @@ FILES = {
     "gmvae": "model=gmvae_z=10_k=500_run=2021/model-20000.pt",
     "ssvae": "model=ssvae_gw=001_cw=100_run=2021/model-30000.pt",
 }
+OLD = ["--test", "2018"]
 COURSE = "(on the course's 100 test images: MNIST's test split is not there)"
 
 
@@ -26,8 +27,7 @@ def fresh(tmp_path, no_network, monkeypatch):
     """fresh("vae"): have the shipped weights of a model in the test's folder, where nothing may be downloaded."""
 
     def copy(model: str) -> str:
-        if not (source := ROOT / "checkpoints" / FILES[model]).exists():
-            pytest.skip(f"the {model}'s weights are not there yet")
+        source = ROOT / "checkpoints" / FILES[model]
         place = tmp_path / "checkpoints" / FILES[model]
         place.parent.mkdir(parents=True)
         shutil.copy(source, place)
@@ -69,6 +69,18 @@ def test_on_a_fresh_machine_the_shipped_weights_give_the_figures_of_the_courses_
     assert stored["test_images"] == 100 and stored["data"] == "mnist" and stored["step"] == 20_000
     after = {path: content for path, content in tree(tmp_path).items() if not path.startswith("logs")}
     assert after == before  # nothing is fetched, trained or drawn anew
+
+
+@pytest.mark.parametrize("model, nats", [("vae", 0.84), ("gmvae", 1.84)])
+def test_the_old_binarisation_of_the_same_images_gives_other_figures_which_are_kept_apart(
+    model, nats, fresh, main, tmp_path
+):
+    name = fresh(model)
+    present, old = (figures(lines(main(model, "--run", 2021, "--train", 0, "--iw", 1, *more))) for more in ([], OLD))
+    stored = json.loads((tmp_path / "logs" / name / "results.json").read_text())
+    assert present["NELBO"] - old["NELBO"] == pytest.approx(nats, abs=0.05)
+    for part, printed in (("figures", present), ("figures_2018", old)):
+        assert [stored[part][key] for key in ("nelbo", "niwae_1")] == [printed["NELBO"], printed["IWAE-1"]]
 
 
 def test_on_a_fresh_machine_the_shipped_classifier_is_tested_on_the_courses_images(fresh, main, tmp_path):

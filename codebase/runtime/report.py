@@ -58,16 +58,16 @@ def tested_on(run: Run, count: int) -> str:
 def results(run: Run, figures: dict[str, float], pictures: list[str], tested: int, **extra: Any) -> None:
     """Store the figures in results.json, beside those of the same step that are there, and print them and the files.
 
-    tested: the number of test images at hand. Bounds of the whole test split are kept apart from those of the subset.
+    tested: the number of test images at hand. Bounds of other images than the subset are kept apart from those of it.
     """
     path, about = log_dir(run.name) / "results.json", {"name": run.name, "data": described(run), "step": run.iter_max}
-    key = "figures" if run.subset else "figures_all"
-    content = about | {key: figures}
+    of = "" if run.test == "subset" else f"_{run.test}"
+    content = about | {f"figures{of}": figures}
     with suppress(OSError, ValueError, AttributeError, TypeError):  # none yet, or damaged
         known = json.loads(path.read_text())
         if about.items() <= known.items():
-            content = known | {key: known.get(key, {}) | figures}
-    write(path, content | extra | {"test_images" if run.subset else "test_images_all": tested})
+            content = known | {f"figures{of}": known.get(f"figures{of}", {}) | figures}
+    write(path, content | extra | {f"test_images{of}": tested})
     print(f"\ntest images: {tested:,}{tested_on(run, tested)}")
     print("\n".join(f"  {name:<12} {value:10.4f}" for name, value in figures.items()))
     print(f"\nfiles in {log_dir(run.name)}{os.sep}: results.json, {', '.join(pictures)}")
@@ -90,7 +90,7 @@ def confusion(counts: list[list[int]]) -> None:
 
 def summarise(run: Run, figures: dict[int, dict[str, float]]) -> None:
     """Print each figure's mean and standard error over runs like this, and store them as logs/<series>_summary.json."""
-    path = Path("logs", f"{run.series}{'' if run.subset else '_test=all'}_summary.json")
+    path = Path("logs", f"{run.series}{'' if run.test == 'subset' else f'_test={run.test}'}_summary.json")
     table, each = {}, list(figures.values())
     print(f"\n{len(each)} runs ({', '.join(map(str, figures))}), mean and standard error, in {path}:")
     for key in each[0]:

@@ -42,7 +42,7 @@ def one_run(run: Run, group) -> dict[str, float]:
     found = evaluate.bounds(model, x, () if run.train else run.iw, group=group, progress=True)
     found |= evaluate.latent_use(model, test)
     if group.main:
-        report.results(run, found, figures.of_binary_vae(model, subset, test), len(test))
+        report.results(run, found, figures.of_binary_vae(model, subset, test), len(test), len(x))
         report.bounds(found)
     return found
 

@@ -74,8 +74,10 @@ def binarize(pixels: Tensor) -> Tensor:
 
 def binarize_once(pixels: Tensor) -> Tensor:
     """Binarise a split's images by the course's rule, the same at each call: (n, 784) in {0, 1}."""
-    drawn = np.random.RandomState(0).binomial(1, pixels.cpu().numpy().astype(np.float32) / np.float32(255))
-    return torch.from_numpy(drawn.astype(np.float32)).to(pixels.device)
+    stream, x = np.random.RandomState(0), torch.empty(pixels.shape)
+    for some, drawn in zip(pixels.cpu().split(1000), x.split(1000), strict=True):  # binomial takes 13 bytes a pixel
+        drawn[:] = torch.from_numpy(stream.binomial(1, some.numpy().astype(np.float32) / np.float32(255)))
+    return x.to(pixels.device)
 
 
 def test_subset(test: Images, which: str = "subset") -> Tensor:
@@ -110,7 +112,7 @@ def load(run: Run, split: str) -> Images:
         images = drawn_digits(run.data_dir, split, colour=run.real_data == "svhn")
     elif run.data == "svhn":
         images = svhn(run.data_dir, run.split if split == "train" else "test", run.check_data)
-    elif run.needs_files or all(path.exists() for path in fetch.files(run)[2:]):  # of the test split
+    elif run.needs_files or all(path.exists() for path in fetch.files(run)[-2:]):  # of the test split
         images = mnist(run.data_dir, split, run.check_data)
     else:
         images = course(split)
@@ -142,6 +144,8 @@ def own(path: str, split: str, colour: bool, labelled: bool) -> Images:
     held_out = "x_test" not in arrays
     ending = "_test" if split == "test" and not held_out else ""
     pixels = _own_pixels(f"argument --data: {path} should have x{ending}", arrays[f"x{ending}"], colour)
+    x, levels = arrays["x"], "with more than black: 0 and 1 are levels of 255; store them as floats"
+    require(x.dtype.kind not in "iu" or x.max(initial=0) > 1, f"argument --data: {path} should have x {levels}")
     y, needs = arrays.get(f"y{ending}"), f"argument --data: {path} should have y{ending}"
     require(y is not None or not labelled, f"{needs}, the labels, which this model needs")
     y = np.full(len(pixels), -1) if y is None else y
@@ -168,7 +172,6 @@ def _own_pixels(needs: str, x: np.ndarray, colour: bool) -> np.ndarray:
     low, high, top = float(x.min()), float(x.max()), 1 if is_float else 255
     hint = "; divide them by 255" if is_float and low >= 0 and 2 < high <= 255 else ""
     require(low >= 0 and high <= top, f"{needs} from 0 to {top}, not from {low:.9g} to {high:.9g}{hint}")
-    require(is_float or high > 1, f"{needs} with more than black: 0 and 1 are levels of 255; store them as floats")
     pixels = np.rint(x * 255.0).astype(np.uint8) if is_float else x.astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2) if colour else pixels).reshape(len(x), -1)
 

@@ -66,7 +66,8 @@ def _bounds_of_piece(
     chunk = starts.step // group.size
     terms = x.new_zeros(3, SAMPLES, len(x))  # log_w, kl and rec of the first samples
     large = sorted(m for m in ms if m > SAMPLES)
-    sums = x.new_full((len(large), 2, len(x)), -math.inf)  # log of sum w and of sum w^2 over the first m
+    wide = torch.float32 if x.device.type == "mps" else torch.float64  # of a million terms the last still count
+    sums = torch.full((len(large), 2, len(x)), -math.inf, dtype=wide, device=x.device)  # log of sum w and of sum w^2
     qm, qv = model.enc(x)
     for start in starts:
         torch.manual_seed(seed + start)
@@ -80,7 +81,7 @@ def _bounds_of_piece(
             if start < m:
                 sums[row] = torch.logaddexp(sums[row], log_sums(log_w[: m - start]))
         bar.update()
-    of_all = x.new_zeros(group.size, *sums.shape)
+    of_all = sums.new_zeros(group.size, *sums.shape)
     of_all[group.rank] = sums
     group.sum([terms, of_all])
     log_w, kl, rec = terms

@@ -129,6 +129,7 @@ def curves(folder: Path) -> list[str]:
             axis.plot(test_steps, tested[name], "o--", color="black", markersize=3, linewidth=0.8, label="test images")
             axis.legend(frameon=False)
             settled = np.concatenate([settled, tested[name]])
+        settled = settled[np.isfinite(settled)]
         if len(settled) > 1 and np.ptp(settled):
             axis.set_ylim(settled.min() - 0.1 * np.ptp(settled), settled.max() + 0.1 * np.ptp(settled))
         unit = "share" if name == "acc" else "nats per image"

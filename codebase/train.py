@@ -15,11 +15,12 @@ from torch.func import functional_call, grad
 from codebase import checkpoint
 from codebase.runtime import report
 from codebase.runtime.device import compile_graph, plain_because, random_state, set_random_state
-from codebase.runtime.files import RunError, Stopped, log_dir, model_path, write
+from codebase.runtime.files import RunError, Stopped, log_dir, model_path, state_path, write
 from codebase.runtime.options import Run
 from codebase.runtime.processes import Processes
 
 LOG_EVERY = 100  # steps per row of metrics.csv, each the mean of its steps
+KEPT = "training stopped, the last checkpoint is kept"
 WRITE_EVERY = 30  # seconds after which metrics.csv is brought up to date between two saves
 PIECE = 1000  # images that go through the model at once
 COLUMNS = {"train/loss": "loss", "gen/elbo": "nelbo", "gen/kl_z": "kl", "gen/kl_y": "kl_y", "gen/rec": "rec"}
@@ -147,7 +148,7 @@ class Training:
         means = {name: total / self.since for name, total in zip(self.names, sums, strict=False)}
         if broken := [COLUMNS[name] for name, mean in means.items() if not math.isfinite(mean)]:
             terms = " and ".join(name for name in broken if name not in ("loss", "nelbo")) or "loss"
-            raise RunError(f"{terms} not finite at step {self.step}: training stopped, the last checkpoint is kept")
+            raise RunError(f"{terms} not finite at step {self.step}: {KEPT}")
         return {COLUMNS[name]: 0.0 - mean if name == "gen/elbo" else mean for name, mean in means.items()}
 
     def row(self, means: dict[str, float]) -> list[float]:
@@ -163,7 +164,7 @@ class Training:
         """Raise RunError where a loss or a weight is not finite."""
         self.means()
         if not all(torch.isfinite(value).all() for value in self.model.state_dict().values()):
-            raise RunError(f"weights not finite at step {self.step}: training stopped, the last checkpoint is kept")
+            raise RunError(f"weights not finite at step {self.step}: {KEPT}")
 
     def save(self) -> None:
         """Store the table, the checkpoint where one is due, and last the state, the record that all of it is there."""
@@ -171,6 +172,8 @@ class Training:
         due = self.step % self.run.iter_save == 0 or self.step == self.run.iter_max
         if self.step and due:
             if found := self.at_checkpoint(self.step):
+                if broken := [name for name, value in found.items() if not math.isfinite(value)]:
+                    raise RunError(f"{' and '.join(broken)} of test images not finite at step {self.step}: {KEPT}")
                 self.tests[self.step] = found
             checkpoint.save_model_by_name(self.model, self.step)
         if self.tests:
@@ -268,7 +271,9 @@ def train_or_load(
     weights, state = group.first(lambda: checkpoint.find(model, run))
     if weights is not None:
         model.load_state_dict(weights)
-        return print(f"loaded {model_path(run.name, run.iter_max)}" + (", trained before" if run.train else ""))
+        known = "" if state_path(run.name).exists() else ", with settings that are not stored"
+        before = f", trained before{known}" if run.train else ""
+        return print(f"loaded {model_path(run.name, run.iter_max)}{before}")
     if state and state["step"]:
         print(f"going on from step {state['step']:,}")
     began = time.monotonic()

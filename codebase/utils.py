@@ -75,7 +75,8 @@ def log_normal_components(z: Tensor, m: Tensor, v: Tensor) -> Tensor:
     one product of matrices. In float64 the cancellation costs about (1e-8 t)^2 nats, t = |m| / sqrt(v), less than the
     6e-8 t nats that the float32 rounding of z itself makes.
     """
-    shared = all(size == 1 for size in (*m.shape[:-2], *v.shape[:-2]))
+    alike = min(m.dim(), v.dim()) > 1 and z.shape[-1] == m.shape[-1] == v.shape[-1]
+    shared = alike and all(size == 1 for size in (*m.shape[:-2], *v.shape[:-2]))
     if not shared or z.dtype == torch.float64 or z.device.type == "mps":  # mps has no float64
         return log_normal(z.unsqueeze(-2), m, v)
     z64, m, v = z.double(), *torch.broadcast_tensors(m.flatten(0, -2).double(), v.flatten(0, -2).double())

@@ -25,7 +25,7 @@ import run_fsvae
 import run_vae
 from codebase import data, digits, train
 from codebase.runtime import fetch
-from codebase.runtime.files import Missing, UsageError, model_path
+from codebase.runtime.files import Missing, UsageError, model_path, state_path
 
 TEST_FILES = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -556,6 +556,7 @@ def test_to_train_takes_the_files_whatever_is_evaluated(choose, arrive, wanted):
 def test_a_missing_checkpoint_is_named_before_anything_is_downloaded(choose, asked, stored, present, missing, test):
     model_path("model=vae_z=03_run=0004", 200).parent.mkdir(parents=True)
     model_path("model=vae_z=03_run=0004", 200).touch()
+    state_path("model=vae_z=03_run=0004").touch()
     if "mnist" in stored:
         model_path("model=vae_z=03_run=0004", 300).touch()
         stored = []
@@ -574,9 +575,31 @@ def test_files_that_cannot_be_had_are_listed_where_nothing_can_take_their_place(
         choose(asked, train, stored)
     message = str(caught.value)
     assert message.startswith("MNIST cannot be downloaded (no route to host); put these files in place by hand: ")
-    assert message.endswith("; or use --data digits")
-    for name in data.COURSE["mnist_sha256"]:
-        assert str(tmp_path / "data" / "MNIST" / "raw" / name) in message
+    assert message.endswith("; or use --data digits") == bool(train)  # which --train 0 has no checkpoint of
+    for name in data.COURSE["mnist_sha256"]:  # to evaluate, no training image is needed
+        assert (str(tmp_path / "data" / "MNIST" / "raw" / name) in message) == (train or name.startswith("t10k"))
+
+
+def test_a_checkpoint_that_nothing_goes_on_from_is_not_said_to_be_trainable(choose):
+    model_path("model=vae_z=03_run=0004", 200).parent.mkdir(parents=True)
+    model_path("model=vae_z=03_run=0004", 200).touch()
+    with pytest.raises(Missing) as caught:
+        choose("mnist", 0)
+    assert str(caught.value).endswith(
+        "run: 200; it has no state to go on from: give one of them, or train another --run"
+    )
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_download_that_fails_leaves_no_new_folder_and_takes_none_away(there, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", fails)
+    if there:
+        (tmp_path / "data").mkdir()
+    assert fetch.download(mnist_run(tmp_path / "data")) == "no route to host"
+    assert (tmp_path / "data").exists() == there
 
 
 def whole(content: bytes, over: threading.Event) -> Iterator[bytes]:

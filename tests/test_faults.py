@@ -336,6 +336,16 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_good_checkp
     assert not differences(content(tmp_path / "checkpoints"), before)
 
 
+def test_a_test_figure_that_is_not_finite_stops_training_too(tmp_path, script, monkeypatch):
+    assert script("vae", "--iter_max", 20).returncode == 0
+    before = content(tmp_path / "checkpoints")
+    monkeypatch.setattr(evaluate, "bounds", lambda *_, **__: {"nelbo": float("inf"), "kl": 1.0, "rec": float("nan")})
+    result = script("vae", "--iter_max", 40)
+    line = "nelbo and rec of test images not finite at step 40: training stopped, the last checkpoint is kept"
+    assert result.returncode == 1 and result.stderr.splitlines()[-1].endswith(line)
+    assert not differences(content(tmp_path / "checkpoints"), before)
+
+
 class Malicious:
     def __reduce__(self):
         return os.mkdir, ("code-was-run",)

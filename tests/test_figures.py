@@ -337,6 +337,12 @@ def test_what_was_found_on_test_images_stands_beside_the_same_figure_of_the_trai
     assert low < min(next(iter(tested.values()))) and high > max(next(iter(tested.values())))  # none is cut off
 
 
+@pytest.mark.parametrize("broken", [float("inf"), float("nan")])
+def test_a_stored_figure_that_is_not_finite_does_not_stop_the_drawing(broken, axes, tmp_path):
+    store_curves(tmp_path, LOSS, {"nelbo": [6.5, broken]})
+    assert figures.curves(tmp_path) == ["curves.png"]
+
+
 def test_a_table_of_checkpoints_without_figures_adds_nothing_to_the_curves(axes, tmp_path):
     store_curves(tmp_path, LOSS)
     (tmp_path / "test.csv").write_text("step\n100\n230\n")

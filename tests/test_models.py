@@ -643,6 +643,17 @@ def test_latent_use_counts_the_dimensions_and_components_that_images_move():
     assert evaluate.latent_use(made("vae"), x).keys() == {"active"}
 
 
+def test_a_bound_of_many_samples_is_not_rounded_away(monkeypatch):
+    monkeypatch.setattr(evaluate, "chunk_rows", lambda *_: 1)
+    model, many = made("vae"), 5000
+    monkeypatch.setattr(
+        model, "log_densities", lambda *_: (torch.full((1, 1), -97.3), torch.zeros(1, 1), torch.zeros(1, 1))
+    )
+    found = evaluate.bounds(model, binary(1), (many,))
+    assert found[f"niwae_{many}"] == pytest.approx(97.3, abs=1e-5)
+    assert found[f"ess_{many}"] == pytest.approx(many, rel=1e-5)
+
+
 @needs_mnist
 @needs_reference
 @pytest.mark.parametrize(

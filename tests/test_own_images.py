@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -219,6 +220,28 @@ def test_the_stem_of_the_file_is_part_of_the_name(stem, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path(f"{stem}.npz").touch()
     assert run_vae.Run(data=f"{stem}.npz").name == f"model=vae_z=10_data={stem}_run=0000"
+
+
+def test_dark_test_images_are_of_the_scale_of_the_training_images(own, tmp_path):
+    dark = np.eye(28, dtype=np.uint8)[None]  # bytes of 0 and 1: nearly black where x goes to 255
+    lines(own("vae", "--iter_max", 2, content=packed(x=grey(60), x_test=dark)))
+
+
+def test_a_stem_of_too_many_bytes_is_refused(tmp_path, main):
+    path = tmp_path / f"{'数' * 34}.npz"
+    path.write_bytes(packed(x=grey(60)))
+    assert "takes up to 100 bytes of letters" in refusal(main("vae", "--data", path))
+
+
+def test_figures_of_other_weights_of_the_same_name_are_not_kept(own, tmp_path):
+    content = packed(**right("vae"))
+    for seed, more in ((1, ["--train", 0, "--iw", 10]), (2, [])):
+        lines(own("vae", "--iter_max", 2, "--seed", seed, content=content))
+        if more:
+            lines(own("vae", "--iter_max", 2, *more))
+            assert "niwae_10" in results(tmp_path, NAMES["vae"])["figures"]
+            shutil.rmtree(tmp_path / "checkpoints")
+    assert "niwae_10" not in results(tmp_path, NAMES["vae"])["figures"]
 
 
 def test_more_labels_than_there_are_of_a_digit_are_refused_with_their_number(own):

@@ -198,6 +198,8 @@ def test_replicates_are_summarised_and_a_failed_run_is_reported(script, tmp_path
     assert "run=0001" in refusal(result)
     summary = json.loads((tmp_path / "logs/model=vae_z=10_data=digits_summary.json").read_text())
     assert summary["runs"] == [0, 2] and len(summary["each"]) == 2
+    about = {"data": "drawn digits, not MNIST", "step": 20, "test_images": 10_000}
+    assert {key: summary[key] for key in about} == about
     values = [found["nelbo"] for found in summary["each"]]
     assert summary["figures"]["nelbo"]["mean"] == pytest.approx(sum(values) / 2)
     assert summary["figures"]["nelbo"]["standard_error"] == pytest.approx(abs(values[0] - values[1]) / 2)

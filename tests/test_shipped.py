@@ -76,9 +76,11 @@ def test_the_old_binarisation_of_the_same_images_gives_other_figures_which_are_k
     model, nats, fresh, main, tmp_path
 ):
     name = fresh(model)
-    present, old = (figures(lines(main(model, "--run", 2021, "--train", 0, "--iw", 1, *more))) for more in ([], OLD))
+    said = [lines(main(model, "--run", 2021, "--train", 0, "--iw", 1, *more)) for more in ([], OLD)]
+    present, old = map(figures, said)
     stored = json.loads((tmp_path / "logs" / name / "results.json").read_text())
     assert present["NELBO"] - old["NELBO"] == pytest.approx(nats, abs=0.05)
+    assert "bounds: of 100 images, binarised by the rule of 2018" in said[1] and "bounds: of 100 images" in said[0]
     for part, printed in (("figures", present), ("figures_2018", old)):
         assert [stored[part][key] for key in ("nelbo", "niwae_1")] == [printed["NELBO"], printed["IWAE-1"]]
 

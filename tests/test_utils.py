@@ -189,6 +189,16 @@ def test_a_shared_mixture_makes_no_tensor_of_all_pairs_and_dimensions():
     assert largest.elements <= 100 * 500
 
 
+@pytest.mark.parametrize(
+    "m, v", [((1, 5, 3), ()), ((1, 5, 3), (1,)), ((1, 5, 3), (3,)), ((3,), (1, 5, 3)), ((1, 5, 1),) * 2]
+)
+def test_a_mixture_takes_whatever_broadcasts(m, v):
+    z, m, v = torch.randn(4, 3), torch.randn(m), torch.rand(v) + 0.1
+    direct = torch.distributions.Normal(m.double(), v.double().sqrt()).log_prob(z[:, None].double()).sum(-1)
+    value = utils.log_normal_mixture(z, m, v)
+    torch.testing.assert_close(value.double(), direct.logsumexp(-1) - math.log(direct.shape[-1]), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("components", [1, 10_000])
 def test_mixtures_of_one_and_of_ten_thousand_components_work(components):
     z, m, v = torch.randn(3, 4), torch.randn(1, components, 4), torch.rand(1, components, 4) + 0.1

@@ -7,9 +7,10 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from codebase.runtime.files import Missing, UsageError, model_path, stored_steps
+from codebase.runtime.files import Missing, UsageError, model_path, state_path, stored_steps
 from codebase.runtime.options import Run
 
 SILENCE = 10  # seconds without a byte after which a download is given up
@@ -20,7 +21,8 @@ def files(run: Run) -> list[Path]:
     if run.real_data == "svhn":
         splits = dict.fromkeys([run.split, "test"] if run.train else ["test"])
         return [Path(run.data_dir, f"{split}_32x32.mat") for split in splits]
-    kinds = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    splits = ("train", "t10k") if run.train else ("t10k",)
+    kinds = [f"{split}-{kind}-ubyte" for split in splits for kind in ("images-idx3", "labels-idx1")]
     return [Path(run.data_dir, "MNIST", "raw", name) for name in kinds]
 
 
@@ -49,8 +51,8 @@ def resolve_data(asked: str, real: Run, digits: Run) -> str:
             print(f"{files(real)[-1].name} cannot be had ({why}): evaluating on training images")
         return real.data
     if digits not in runs:
-        hand = f"put these files in place by hand: {', '.join(map(str, files(real)))}; or use --data digits"
-        raise UsageError(f"{name} cannot be downloaded ({why}); {hand}")
+        hand = f"put these files in place by hand: {', '.join(map(str, files(real)))}"
+        raise UsageError(f"{name} cannot be downloaded ({why}); {hand}{'; or use --data digits' * real.train}")
     line = f"NO {name} ({why}): training and evaluating on DRAWN DIGITS instead. Figures are not {name}'s."
     print(f"{'*' * 100}\n{line}\n{'*' * 100}", flush=True)
     return digits.data
@@ -63,7 +65,10 @@ def _no_checkpoint(run: Run) -> list[Run]:
     steps = ", ".join(map(str, stored_steps(run.name))) or "none"
     train = shlex.join([Path(sys.argv[0]).name, *words])
     path = model_path(run.name, run.iter_max)
-    raise Missing(f"there is no {path}; checkpoints of this run: {steps}; to train one: {train}")
+    how = f"to train one: {train}"
+    if stored_steps(run.name) and not state_path(run.name).exists():
+        how = "it has no state to go on from: give one of them, or train another --run"
+    raise Missing(f"there is no {path}; checkpoints of this run: {steps}; {how}")
 
 
 def download(run: Run) -> str | None:
@@ -73,6 +78,7 @@ def download(run: Run) -> str | None:
     """
     if not (missing := [path for path in files(run) if not path.exists()]):
         return None
+    new = not Path(run.data_dir).exists()
     try:
         Path(run.data_dir).mkdir(exist_ok=True)
     except OSError as error:
@@ -97,6 +103,8 @@ def download(run: Run) -> str | None:
                 os.replace(Path(place, path.relative_to(run.data_dir)), path)
     except Exception as error:  # no network, no space, a wrong checksum: whatever it is, the files are not there
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        with suppress(OSError):  # where something is in it
+            new and Path(run.data_dir).rmdir()
         return f"no answer for {SILENCE} seconds" if "timed out" in reason else reason
     finally:
         socket.setdefaulttimeout(patience)

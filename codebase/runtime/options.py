@@ -88,8 +88,8 @@ class Run:
         takes = f"argument --data: takes {', '.join(known)} or a file that ends in .npz, not {self.data[:40]!r}"
         require(self.data in known or self.own_images, takes)
         if self.own_images:
-            names = "gives the run its name: takes up to 100 letters, digits, - _ . and not digits.npz"
-            named = file.stem != "digits" and re.fullmatch(r"[\w.-]{1,100}", file.stem)
+            names = "gives the run its name: takes up to 100 bytes of letters, digits, - _ . and not digits.npz"
+            named = file.stem != "digits" and re.fullmatch(r"[\w.-]+", file.stem) and len(os.fsencode(file.stem)) <= 100
             require(bool(named), f"argument --data: {file.name[:40]} {names}")
             require(os.path.isfile(self.data), f"argument --data: there is no file {self.data[:100]}")
 

@@ -5,6 +5,7 @@ import math
 import os
 import statistics
 import sys
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -55,20 +56,31 @@ def tested_on(run: Run, count: int) -> str:
     return " (on the course's 100 test images: MNIST's test split is not there)" if course else ""
 
 
-def results(run: Run, figures: dict[str, float], pictures: list[str], tested: int, **extra: Any) -> None:
-    """Store the figures in results.json, beside those of the same step that are there, and print them and the files.
+def _part(run: Run) -> str:
+    """What tells figures of other test images than the subset apart."""
+    return "" if run.test == "subset" else f"_{run.test}"
 
-    tested: the number of test images at hand. Bounds of other images than the subset are kept apart from those of it.
+
+def results(
+    run: Run, figures: dict[str, float], pictures: list[str], tested: int, bounded: int = 0, **extra: Any
+) -> None:
+    """Store the figures in results.json, beside those of the same weights that are there, and print them and the files.
+
+    tested: the number of test images at hand; bounded: of those that the bounds are of, where there are any. Bounds of
+    other images than the subset are kept apart from those of it.
     """
-    path, about = log_dir(run.name) / "results.json", {"name": run.name, "data": described(run), "step": run.iter_max}
-    of = "" if run.test == "subset" else f"_{run.test}"
-    content = about | {f"figures{of}": figures}
+    path, of = log_dir(run.name) / "results.json", _part(run)
+    about = {"name": run.name, "data": described(run), "step": run.iter_max}
+    weights = {"weights_crc32": f"{zlib.crc32(model_path(run.name, run.iter_max).read_bytes()):08x}"}
+    content = about | weights | {f"figures{of}": figures}
     with suppress(OSError, ValueError, AttributeError, TypeError):  # none yet, or damaged
         known = json.loads(path.read_text())
-        if about.items() <= known.items():
-            content = known | {f"figures{of}": known.get(f"figures{of}", {}) | figures}
+        if (about | weights).items() <= (weights | known).items():  # of an older revision's file they are not known
+            content = known | weights | {f"figures{of}": known.get(f"figures{of}", {}) | figures}
     write(path, content | extra | {f"test_images{of}": tested})
     print(f"\ntest images: {tested:,}{tested_on(run, tested)}")
+    if bounded:
+        print(f"bounds: of {bounded:,} images" + (", binarised by the rule of 2018" if run.test == "2018" else ""))
     print("\n".join(f"  {name:<12} {value:10.4f}" for name, value in figures.items()))
     print(f"\nfiles in {log_dir(run.name)}{os.sep}: results.json, {', '.join(pictures)}")
 
@@ -90,13 +102,16 @@ def confusion(counts: list[list[int]]) -> None:
 
 def summarise(run: Run, figures: dict[int, dict[str, float]]) -> None:
     """Print each figure's mean and standard error over runs like this, and store them as logs/<series>_summary.json."""
-    path = Path("logs", f"{run.series}{'' if run.test == 'subset' else f'_test={run.test}'}_summary.json")
-    table, each = {}, list(figures.values())
-    print(f"\n{len(each)} runs ({', '.join(map(str, figures))}), mean and standard error, in {path}:")
+    of, table, each = _part(run), {}, list(figures.values())
+    path = Path("logs", f"{run.series}{of.replace('_', '_test=')}_summary.json")
+    known = json.loads((log_dir(run.name) / "results.json").read_text())
+    about = {key: known[key] for key in ("data", "step", f"test_images{of}")}
+    remark = tested_on(run, about[f"test_images{of}"])
+    print(f"\n{len(each)} runs ({', '.join(map(str, figures))}){remark}, mean and standard error, in {path}:")
     for key in each[0]:
         values = [found[key] for found in each]
         mean = statistics.fmean(values)
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
         table[key] = {"mean": mean, "standard_error": error}
         print(f"  {key:<12} {mean:10.4f}" + (f" +- {error:.4f}" if error is not None else ""))
-    write(path, {"name": run.series, "runs": list(figures), "figures": table, "each": each})
+    write(path, {"name": run.series} | about | {"runs": list(figures), "figures": table, "each": each})

@@ -66,7 +66,7 @@ class Series:
     flags: str
     step: int
     minutes: float
-    most: int = 10  # seeds, where a table asks for more
+    seeds: int
 
     @property
     def script(self) -> str:
@@ -80,17 +80,17 @@ class Series:
         return f"model={self.stem}_run={seed:04d}"
 
 
-VAE, GMVAE = Series("vae_z=10", "", 20_000, 3), Series("gmvae_z=10_k=500", "", 20_000, 3.5)
-BETA = {b: Series(f"vae_z=10_beta={b}", f"--beta {b}", 20_000, 3) for b in (0.5, 1, 2, 4, 8)} | {1: VAE}
-TRAIN_IW = {1: VAE, 5: Series("vae_z=10_train_iw=5", "--train_iw 5", 20_000, 8)}
-TRAIN_IW[50] = Series("vae_z=10_train_iw=50", "--train_iw 50", 20_000, 55, most=1)
-SSVAE = {gw: Series(f"ssvae_gw={gw:03d}_cw=100", f"--gw {gw}", 30_000, 1.5 + 26 * gw) for gw in (0, 1)}
+VAE, GMVAE = Series("vae_z=10", "", 20_000, 3, 10), Series("gmvae_z=10_k=500", "", 20_000, 3.5, 10)
+BETA = {b: Series(f"vae_z=10_beta={b}", f"--beta {b}", 20_000, 3, 3) for b in (0.5, 1, 2, 4, 8)} | {1: VAE}
+TRAIN_IW = {1: VAE, 5: Series("vae_z=10_train_iw=5", "--train_iw 5", 20_000, 8, 3)}
+TRAIN_IW[50] = Series("vae_z=10_train_iw=50", "--train_iw 50", 20_000, 55, 1)
+SSVAE = {gw: Series(f"ssvae_gw={gw:03d}_cw=100", f"--gw {gw}", 30_000, 1.5 + 26 * gw, 5) for gw in (0, 1)}
 LABELS = {(100, gw): series for gw, series in SSVAE.items()} | {
-    (n, gw): Series(f"{series.stem}_labels={n}", f"{series.flags} --labels {n}", 30_000, series.minutes)
+    (n, gw): Series(f"{series.stem}_labels={n}", f"{series.flags} --labels {n}", 30_000, series.minutes, 3)
     for n in (600, 1000, 3000)
     for gw, series in SSVAE.items()
 }
-FSVAE = Series("fsvae_split=train", "--split train --check_data 0 --iter_max 50000 --iter_save 2000", 50_000, 35)
+FSVAE = Series("fsvae_split=train", "--split train --check_data 0 --iter_max 50000 --iter_save 2000", 50_000, 35, 2)
 BINARY = {"VAE": VAE, "GMVAE": GMVAE}
 PICTURES = {  # in docs/: of which series' seed 0, and which picture
     "vae-samples": (VAE, "samples"),
@@ -194,10 +194,10 @@ def needed(names: list[str]) -> dict[tuple[Series, int], list[str]]:
     """The runs that these tables need, by series and seed, each with its stages in order."""
     runs = {}
     for name in names:
-        for series, seeds, stages in TABLES[name][1]:
-            for seed in range(min(seeds, series.most)):
+        for series, stages in TABLES[name][1]:
+            for seed in range(series.seeds):
                 known = runs.setdefault((series, seed), [])
-                known += [stage for stage in stages.split() if stage not in known]
+                known += [stage for stage in stages.split() if stage not in known and (stage != "deep" or seed < 3)]
     return runs
 
 
@@ -270,9 +270,9 @@ def run_all(runs: dict[tuple[Series, int], list[str]], jobs: int, data_dir: str 
 # ---- the tables: functions of docs/figures.json that return lines
 
 
-def found(known: dict, series: Series, seeds: int, stage: str) -> dict[int, dict]:
+def found(known: dict, series: Series, stage: str) -> dict[int, dict]:
     """The stored runs of a series that have the figures of a stage, by seed."""
-    runs = {seed: known.get(series.name(seed), {}) for seed in range(min(seeds, series.most))}
+    runs = {seed: known.get(series.name(seed), {}) for seed in range(series.seeds)}
     return {seed: run for seed, run in runs.items() if done(run, stage)}
 
 
@@ -293,8 +293,8 @@ def deviation(numbers: list[float], digits: int = 2) -> str:
     return f"{stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
 
 
-def count(runs: dict | list, seeds: int) -> str:
-    return str(seeds) if len(runs) == seeds else f"{len(runs)} of {seeds}"
+def count(runs: dict | list, series: Series) -> str:
+    return str(series.seeds) if len(runs) == series.seeds else f"{len(runs)} of {series.seeds}"
 
 
 def row(*cells) -> str:
@@ -305,26 +305,26 @@ def head(*cells) -> list[str]:
     return [row(*cells), "|" + "---|" * len(cells)]
 
 
-def averages(known: dict, first: str, rows: dict, seeds: int, stage: str, columns: list, spread: bool = False):
+def averages(known: dict, first: str, rows: dict, stage: str, columns: list, spread: bool = False):
     """A row per series: means of columns (title, key, digits, key in results.json); spread: and standard deviations."""
     lines = head(first, *(title for title, *_ in columns), "seeds")
     for label, series in rows.items():
-        runs = found(known, series, seeds, stage)
+        runs = found(known, series, stage)
         numbers = [(values(runs, key, *part), digits) for _, key, digits, *part in columns]
-        lines.append(row(label, *(mean(*column) for column in numbers), count(runs, min(seeds, series.most))))
+        lines.append(row(label, *(mean(*column) for column in numbers), count(runs, series)))
         lines += [row("s.d.", *(deviation(*column) for column in numbers), "")] if spread else []
     return lines
 
 
 def summary(known: dict) -> list[str]:
-    return averages(known, "", BINARY, 10, "subset", [(title, key, 2) for key, title in BOUNDS.items()], spread=True)
+    return averages(known, "", BINARY, "subset", [(title, key, 2) for key, title in BOUNDS.items()], spread=True)
 
 
 def per_seed(known: dict, model: str) -> list[str]:
     whole = {"active": "active dimensions"} | ({"components": "components used"} if model == "GMVAE" else {})
     columns = [(title, key, 2) for key, title in BOUNDS.items()] + [(title, key, 1) for key, title in whole.items()]
-    lines = averages(known, "seed", {"**mean**": BINARY[model]}, 10, "subset", columns, spread=True)
-    for seed, run in found(known, BINARY[model], 10, "subset").items():
+    lines = averages(known, "seed", {"**mean**": BINARY[model]}, "subset", columns, spread=True)
+    for seed, run in found(known, BINARY[model], "subset").items():
         cells = [f"{run['figures'][key]:.{0 if key in whole else 2}f}" for _, key, _ in columns]
         lines.insert(-2, row(seed, *cells, ""))
     return lines
@@ -333,13 +333,13 @@ def per_seed(known: dict, model: str) -> list[str]:
 def iwae(known: dict) -> list[str]:
     columns = [("gap NELBO - IWAE-1000", "gap", 2)]
     columns += [(f"effective sample size of {m}", f"ess_{m}", 1) for m in (10, 100, 1000)]
-    return averages(known, "", BINARY, 10, "subset", columns, spread=True)
+    return averages(known, "", BINARY, "subset", columns, spread=True)
 
 
 def whole(known: dict) -> list[str]:
     columns = [(title, key, 2, "figures_all") for key, title in BOUNDS.items()]
     columns += [("IWAE-5000 (seeds 0 to 2)", "niwae_5000", 2, "figures_all")]
-    lines = averages(known, "", BINARY, 10, "whole", columns, spread=True)
+    lines = averages(known, "", BINARY, "whole", columns, spread=True)
     theirs = [(kind, k, figure) for kind, figures in BURDA.items() for k, figure in figures.items()]
     return lines + [row(f"Burda et al. 2016, {kind}, k = {k}", *[""] * 7, figure, "") for kind, k, figure in theirs]
 
@@ -354,7 +354,7 @@ def sheet(known: dict) -> list[str]:
     lines = head("", "ours", "ours, 2018", "sheet", "s.d.", "z", "z, 2018", "accepted", "seeds inside", "published")
     for model, key, (theirs, spread), (low, high), published in OTHERS:
         accuracy = key == "accuracy"
-        runs = found(known, *((SSVAE[int(model[-1])], 5, "train") if accuracy else (BINARY[model], 10, "subset")))
+        runs = found(known, *((SSVAE[int(model[-1])], "train") if accuracy else (BINARY[model], "subset")))
         seeds, old, digits = values(runs, key), values(runs, key, "figures_2018"), 4 if accuracy else 2
         if seeds:
             cells = [
@@ -374,7 +374,7 @@ def sheet(known: dict) -> list[str]:
 def ssvae(known: dict) -> list[str]:
     lines = head("", "accuracy", "s.d.", *(f"seed {seed}" for seed in range(5)))
     for gw, series in SSVAE.items():
-        runs = found(known, series, 5, "train")
+        runs = found(known, series, "train")
         each = [mean(values({0: runs.get(seed, {})}, "accuracy"), 4) for seed in range(5)]
         numbers = values(runs, "accuracy")
         lines.append(row(f"gw = {gw}", mean(numbers, 4), deviation(numbers, 4), *each))
@@ -384,17 +384,19 @@ def ssvae(known: dict) -> list[str]:
 def per_digit(known: dict) -> list[str]:
     lines = head("digit", *range(10), "seeds")
     for gw, series in SSVAE.items():
-        runs = found(known, series, 5, "train")
+        runs = found(known, series, "train")
         columns = zip(*(run["per_digit_accuracy"] for run in runs.values()), strict=True)
-        lines += [row(f"gw = {gw}", *(f"{fmean(column):.3f}" for column in columns), count(runs, 5))] if runs else []
+        lines += (
+            [row(f"gw = {gw}", *(f"{fmean(column):.3f}" for column in columns), count(runs, series))] if runs else []
+        )
     return lines
 
 
 def labels(known: dict) -> list[str]:
     lines = head("labels", "gw = 0 (seeds)", "gw = 1 (seeds)", "M2, Kingma et al. 2014", "M2, Pyro's tutorial")
     for n, pyro in PYRO.items():
-        runs = [found(known, LABELS[n, gw], 3, "train") for gw in (0, 1)]
-        cells = [f"{mean(values(some, 'accuracy'), 4)} ({count(some, 3)})" for some in runs]
+        runs = {series: found(known, series, "train") for series in (LABELS[n, 0], LABELS[n, 1])}
+        cells = [f"{mean(values(some, 'accuracy'), 4)} ({count(some, series)})" for series, some in runs.items()]
         m2 = f"{1 - M2_ERROR[n][0] / 100:.4f} ± {M2_ERROR[n][1] / 100:.4f}" if n in M2_ERROR else ""
         lines.append(row(n, *cells, m2, pyro))
     return lines
@@ -403,50 +405,50 @@ def labels(known: dict) -> list[str]:
 def beta(known: dict) -> list[str]:
     columns = [("KL", "kl", 2), ("Rec", "rec", 2), ("NELBO (beta = 1 on all)", "nelbo", 2)]
     columns += [("IWAE-1000", "niwae_1000", 2), ("active dimensions", "active", 1)]
-    return averages(known, "beta", BETA, 3, "subset", columns)
+    return averages(known, "beta", BETA, "subset", columns)
 
 
 def train_iw(known: dict) -> list[str]:
     columns = [("IWAE-1000, subset", "niwae_1000", 2), ("ESS of 1000", "ess_1000", 1), ("ms per step", "ms", 1, "time")]
-    columns += [("IWAE-5000, whole split", "niwae_5000", 2, "figures_all")]
-    lines = averages(known, "k", TRAIN_IW, 3, "subset", columns)
+    columns += [("IWAE-5000, whole split (seeds 0 to 2)", "niwae_5000", 2, "figures_all")]
+    lines = averages(known, "k", TRAIN_IW, "subset", columns)
     return lines + [row(f"Burda et al. 2016, {k}", "", "", "", figure, "") for k, figure in BURDA["IWAE"].items()]
 
 
 def fsvae(known: dict) -> list[str]:
-    runs = found(known, FSVAE, 2, "train")
+    runs = found(known, FSVAE, "train")
     lines = head("step", "NELBO, training (100 steps)", "NELBO, test", "KL, test", "Rec, test", "seeds")
     tests = [test for run in runs.values() for test in run["tests"]]
     for step in sorted({test["step"] for test in tests if test["step"] in (2000, 4000) or test["step"] % 10_000 == 0}):
         some = [test for test in tests if test["step"] == step]
         cells = [mean([test[key] for test in some], 1) for key in ("training", "nelbo", "kl", "rec")]
-        lines.append(row(f"{step:,.0f}", *cells, count(some, 2)))
+        lines.append(row(f"{step:,.0f}", *cells, count(some, FSVAE)))
     cells = [mean(values(runs, key), 1) for key in ("nelbo", "kl", "rec")]
-    return [*lines, row("final evaluation", "", *cells, count(runs, 2))]
+    return [*lines, row("final evaluation", "", *cells, count(runs, FSVAE))]
 
 
-BOTH = [(series, 10, "train subset") for series in BINARY.values()]
-CLASSIFIERS = [(series, 5, "train") for series in SSVAE.values()]
-TABLES = {  # what makes it, and the series, seeds and stages that it needs
+BOTH = [(series, "train subset") for series in BINARY.values()]
+CLASSIFIERS = [(series, "train") for series in SSVAE.values()]
+TABLES = {  # what makes it, and the series and stages that it needs
     "summary": (summary, BOTH),
     "vae": (partial(per_seed, model="VAE"), BOTH[:1]),
     "gmvae": (partial(per_seed, model="GMVAE"), BOTH[1:]),
     "iwae": (iwae, BOTH),
     "ssvae": (ssvae, CLASSIFIERS),
     "digits": (per_digit, CLASSIFIERS),
-    "sheet": (sheet, [(series, 10, "train subset old") for series in BINARY.values()] + CLASSIFIERS),
-    "beta": (beta, [(series, 3, "train subset") for series in BETA.values()]),
-    "whole": (whole, [(VAE, 10, "train whole"), (GMVAE, 10, "train whole"), (VAE, 3, "train whole deep")]),
-    "fsvae": (fsvae, [(FSVAE, 2, "train")]),
-    "labels": (labels, [(series, 3, "train") for series in LABELS.values()]),
-    "train_iw": (train_iw, [(series, 3, "train subset deep") for series in TRAIN_IW.values()]),
+    "sheet": (sheet, [(series, "train subset old") for series in BINARY.values()] + CLASSIFIERS),
+    "beta": (beta, [(series, "train subset") for series in BETA.values()]),
+    "whole": (whole, [(VAE, "train whole deep"), (GMVAE, "train whole")]),
+    "fsvae": (fsvae, [(FSVAE, "train")]),
+    "labels": (labels, [(series, "train") for series in LABELS.values()]),
+    "train_iw": (train_iw, [(series, "train subset deep") for series in TRAIN_IW.values()]),
 }
 
 
 def table(name: str, known: dict) -> list[str]:
     """The lines of a table, or one that says that it has no runs."""
     make, needs = TABLES[name]
-    if any(found(known, series, seeds, stage) for series, seeds, stages in needs for stage in stages.split()):
+    if any(found(known, series, stage) for series, stages in needs for stage in stages.split()):
         return make(known)
     return [f"(no run of this table yet: `python docs/reproduce.py --only {name}`)"]
 
@@ -522,7 +524,7 @@ def draw_beta(known: dict) -> None:
     left, right = figure.subfigures(1, 2, width_ratios=(4, 5))
     axis, rows = left.subplots(), right.subplots(len(BETA), 1)
     for key, title, style in (("rec", "reconstruction", "o-"), ("kl", "KL", "s-"), ("nelbo", "NELBO", "^-")):
-        means = [fmean(values(found(known, series, 3, "subset"), key)) for series in BETA.values()]
+        means = [fmean(values(found(known, series, "subset"), key)) for series in BETA.values()]
         axis.plot(range(len(BETA)), means, style, label=title)
     axis.set(xlabel="beta", ylabel="nats per image", xticks=range(len(BETA)), xticklabels=BETA)
     axis.legend()

@@ -38,6 +38,18 @@ def test_there_are_two_examples():
     assert len(EXAMPLES) >= 2
 
 
+@pytest.mark.long
+def test_the_write_ups_example_prints_what_stands_below_it():
+    page = (ROOT / "docs" / "writeup.md").read_text()
+    code, shown = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", page, flags=re.S).groups()
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
+    number = r"\d+\.\d\d"
+    assert re.sub(number, "", printed) == re.sub(number, "", shown)
+    assert [*map(float, re.findall(number, printed))] == pytest.approx(
+        [*map(float, re.findall(number, shown))], abs=0.05
+    )
+
+
 def test_every_flag_of_every_script_is_explained_and_every_flag_explained_is_one():
     listed = [flag for flag, _ in TABLE]
     assert set(listed) == set.union(*FLAGS.values()) and len(listed) == len(set(listed))

@@ -2,7 +2,7 @@
 """Run everything that README.md and docs/writeup.md quote, and write their tables.
 
 python docs/reproduce.py --data_dir DIR trains and evaluates by the scripts' own command lines in the current folder,
-as many runs at a time as there are cores, one thread each, and goes on where it stopped. All of it takes about 14 hours
+as many runs at a time as there are cores, one thread each, and goes on where it stopped. All of it takes about 15 hours
 of one core. What it finds it stores in docs/figures.json, from which --write and --check make the tables, on a clone
 without any run too; --pictures takes the pictures from logs/. A table stands between <!-- table NAME --> and
 <!-- end -->. The table fsvae takes the sample of 10,366 SVHN digits in DIR; figures of other files, of drawn digits, or
@@ -321,12 +321,10 @@ def summary(known: dict) -> list[str]:
 
 
 def per_seed(known: dict, model: str) -> list[str]:
-    whole = {"active": "active dimensions"} | ({"components": "components used"} if model == "GMVAE" else {})
-    columns = [(title, key, 2) for key, title in BOUNDS.items()] + [(title, key, 1) for key, title in whole.items()]
+    columns = [(title, key, 2) for key, title in BOUNDS.items()]
     lines = averages(known, "seed", {"**mean**": BINARY[model]}, "subset", columns, spread=True)
     for seed, run in found(known, BINARY[model], "subset").items():
-        cells = [f"{run['figures'][key]:.{0 if key in whole else 2}f}" for _, key, _ in columns]
-        lines.insert(-2, row(seed, *cells, ""))
+        lines.insert(-2, row(seed, *(f"{run['figures'][key]:.2f}" for key in BOUNDS), ""))
     return lines
 
 

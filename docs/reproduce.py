@@ -2,7 +2,7 @@
 """Run everything that README.md and docs/writeup.md quote, and write their tables.
 
 python docs/reproduce.py --data_dir DIR trains and evaluates by the scripts' own command lines in the current folder,
-as many runs at a time as there are cores, one thread each, and goes on where it stopped. All of it takes about 15 hours
+as many runs at a time as there are cores, one thread each, and goes on where it stopped. All of it takes about 14 hours
 of one core. What it finds it stores in docs/figures.json, from which --write and --check make the tables, on a clone
 without any run too; --pictures takes the pictures from logs/. A table stands between <!-- table NAME --> and
 <!-- end -->. The table fsvae takes the sample of 10,366 SVHN digits in DIR; figures of other files, of drawn digits, or

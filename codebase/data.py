@@ -144,8 +144,9 @@ def own(path: str, split: str, colour: bool, labelled: bool) -> Images:
     held_out = "x_test" not in arrays
     ending = "_test" if split == "test" and not held_out else ""
     pixels = _own_pixels(f"argument --data: {path} should have x{ending}", arrays[f"x{ending}"], colour)
-    x, levels = arrays["x"], "with more than black: 0 and 1 are levels of 255; store them as floats"
-    require(x.dtype.kind not in "iu" or x.max(initial=0) > 1, f"argument --data: {path} should have x {levels}")
+    levels = [part.max(initial=0) for part in (arrays["x"], arrays[f"x{ending}"]) if part.dtype.kind in "iu"]
+    dark = f"x{ending} with more than black: 0 and 1 are levels of 255; store them as floats"
+    require(max(levels, default=255) > 1, f"argument --data: {path} should have {dark}")
     y, needs = arrays.get(f"y{ending}"), f"argument --data: {path} should have y{ending}"
     require(y is not None or not labelled, f"{needs}, the labels, which this model needs")
     y = np.full(len(pixels), -1) if y is None else y

@@ -127,10 +127,8 @@ def read_json(path: Path) -> dict:
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return [{key: float(value) for key, value in line.items()} for line in csv.DictReader(file)]
+    lines = csv.DictReader(path.read_text().splitlines() if path.exists() else [])
+    return [{key: float(value) for key, value in line.items()} for line in lines]
 
 
 def done(results: dict, stage: str) -> bool:
@@ -140,11 +138,11 @@ def done(results: dict, stage: str) -> bool:
 
 
 def results(series: Series, seed: int) -> dict:
-    """The results.json of a run where it counts: real data, all its test images, the last step."""
-    found = read_json(Path("logs", series.name(seed), "results.json"))
+    """The results.json of a run where it counts: real data, all its test images, the last step, default settings."""
+    found, made = (read_json(Path("logs", series.name(seed), f"{file}.json")) for file in ("results", "config"))
     real = (found.get("data"), found.get("test_images")) == REAL[series.data]
-    real = real and found.get("evaluated_on", "test split") == "test split"
-    return found if real and found.get("step") == series.step else {}
+    real = real and found.get("evaluated_on", "test split") == "test split" and found.get("step") == series.step
+    return found if real and (made.get("seed", seed), made.get("batch_size", 100)) == (seed, 100) else {}
 
 
 def entry(series: Series, seed: int) -> dict:
@@ -283,10 +281,11 @@ def values(runs: dict[int, dict], key: str, part: str = "figures") -> list[float
     return [figures[key] for figures in found if key in figures]
 
 
-def mean(numbers: list[float], digits: int = 2) -> str:
-    """Mean and standard error."""
+def mean(numbers: list[float], digits: int = 2, runs: int = 0) -> str:
+    """Mean and standard error, and of how many runs where that is not all of them."""
     error = f" ± {stdev(numbers) / sqrt(len(numbers)):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{fmean(numbers):.{digits}f}{error}" if numbers else ""
+    some = f" ({len(numbers)})" if runs > len(numbers) else ""
+    return f"{fmean(numbers):.{digits}f}{error}{some}" if numbers else ""
 
 
 def deviation(numbers: list[float], digits: int = 2) -> str:
@@ -311,7 +310,7 @@ def averages(known: dict, first: str, rows: dict, stage: str, columns: list, spr
     for label, series in rows.items():
         runs = found(known, series, stage)
         numbers = [(values(runs, key, *part), digits) for _, key, digits, *part in columns]
-        lines.append(row(label, *(mean(*column) for column in numbers), count(runs, series)))
+        lines.append(row(label, *(mean(*column, len(runs)) for column in numbers), count(runs, series)))
         lines += [row("s.d.", *(deviation(*column) for column in numbers), "")] if spread else []
     return lines
 
@@ -329,14 +328,18 @@ def per_seed(known: dict, model: str) -> list[str]:
 
 
 def iwae(known: dict) -> list[str]:
-    columns = [("gap NELBO - IWAE-1000", "gap", 2)]
-    columns += [(f"effective sample size of {m}", f"ess_{m}", 1) for m in (10, 100, 1000)]
-    return averages(known, "", BINARY, "subset", columns, spread=True)
+    columns = [(title, key, 2) for key, title in BOUNDS.items()] + [("NELBO - IWAE-1000", "gap", 2)]
+    columns += [(f"ESS of {m}", f"ess_{m}", 1) for m in (10, 100, 1000)]
+    lines, less = averages(known, "", BINARY, "subset", columns), []
+    for _, key, digits in columns:
+        vae, gmvae = (values(found(known, series, "subset"), key) for series in BINARY.values())
+        less.append(f"{fmean(gmvae) - fmean(vae):+.{digits}f}" if vae and gmvae else "")
+    return [*lines, row("GMVAE - VAE", *less, "")]
 
 
 def whole(known: dict) -> list[str]:
     columns = [(title, key, 2, "figures_all") for key, title in BOUNDS.items()]
-    columns += [("IWAE-5000 (seeds 0 to 2)", "niwae_5000", 2, "figures_all")]
+    columns += [("IWAE-5000", "niwae_5000", 2, "figures_all")]
     lines = averages(known, "", BINARY, "whole", columns, spread=True)
     theirs = [(kind, k, figure) for kind, figures in BURDA.items() for k, figure in figures.items()]
     return lines + [row(f"Burda et al. 2016, {kind}, k = {k}", *[""] * 7, figure, "") for kind, k, figure in theirs]
@@ -351,20 +354,16 @@ def z(ours: list[float], theirs: float, spread: float | None) -> str:
 def sheet(known: dict) -> list[str]:
     lines = head("", "ours", "ours, 2018", "sheet", "s.d.", "z", "z, 2018", "accepted", "seeds inside", "published")
     for model, key, (theirs, spread), (low, high), published in OTHERS:
-        accuracy = key == "accuracy"
-        runs = found(known, *((SSVAE[int(model[-1])], "train") if accuracy else (BINARY[model], "subset")))
-        seeds, old, digits = values(runs, key), values(runs, key, "figures_2018"), 4 if accuracy else 2
-        if seeds:
-            cells = [
-                mean(seeds, digits),
-                mean(old),
-                theirs,
-                spread or "",
-                z(seeds, theirs, spread),
-                z(old, theirs, spread),
-            ]
-            cells += [f"{low} to {high}", f"{sum(low <= value <= high for value in seeds)} of {len(seeds)}"]
-            cells.append(f"{min(published)} to {max(published)}" if published else "")
+        series, stage, digits = BINARY.get(model), "subset", 2
+        if key == "accuracy":
+            series, stage, digits = SSVAE[int(model[-1])], "train", 4
+        runs = found(known, series, stage)
+        if ours := values(runs, key):
+            old = values(runs, key, "figures_2018")
+            cells = [mean(ours, digits), mean(old, digits, len(ours)), theirs, spread or ""]
+            cells += [z(ours, theirs, spread), z(old, theirs, spread), f"{low} to {high}"]
+            cells += [f"{sum(low <= value <= high for value in ours)} of {len(ours)}"]
+            cells += [f"{min(published)} to {max(published)}" if published else ""]
             lines.append(row(f"{model} {BOUNDS.get(key, key)}", *cells))
     return lines
 
@@ -382,11 +381,9 @@ def ssvae(known: dict) -> list[str]:
 def per_digit(known: dict) -> list[str]:
     lines = head("digit", *range(10), "seeds")
     for gw, series in SSVAE.items():
-        runs = found(known, series, "train")
-        columns = zip(*(run["per_digit_accuracy"] for run in runs.values()), strict=True)
-        lines += (
-            [row(f"gw = {gw}", *(f"{fmean(column):.3f}" for column in columns), count(runs, series))] if runs else []
-        )
+        if runs := found(known, series, "train"):
+            columns = zip(*(run["per_digit_accuracy"] for run in runs.values()), strict=True)
+            lines.append(row(f"gw = {gw}", *(f"{fmean(column):.3f}" for column in columns), count(runs, series)))
     return lines
 
 
@@ -408,7 +405,7 @@ def beta(known: dict) -> list[str]:
 
 def train_iw(known: dict) -> list[str]:
     columns = [("IWAE-1000, subset", "niwae_1000", 2), ("ESS of 1000", "ess_1000", 1), ("ms per step", "ms", 1, "time")]
-    columns += [("IWAE-5000, whole split (seeds 0 to 2)", "niwae_5000", 2, "figures_all")]
+    columns += [("IWAE-5000, whole split", "niwae_5000", 2, "figures_all")]
     lines = averages(known, "k", TRAIN_IW, "subset", columns)
     return lines + [row(f"Burda et al. 2016, {k}", "", "", "", figure, "") for k, figure in BURDA["IWAE"].items()]
 
@@ -494,44 +491,28 @@ def check(names: list[str], known: dict) -> int:
 # ---- the pictures
 
 
-def pictures(known: dict) -> None:
-    """Take the pictures that the pages show from logs/, street-view digits at half their size, and draw beta.png."""
-    from matplotlib import image  # only here: the tables need no matplotlib
+def pictures() -> None:
+    """Take the pictures that the pages show from the runs that count: street-view digits at half their size, and as
+    beta.png the first 40 samples of each beta, one below the other.
+    """
+    import numpy as np  # only here: the tables need neither
+    from matplotlib import image
 
-    if all(Path("logs", series.name(0), "samples.png").exists() for series in BETA.values()):
-        draw_beta(known)
-    for name, (series, picture) in PICTURES.items():
-        path = Path("logs", series.name(0), f"{picture}.png")
-        if results(series, 0) and path.exists():
+    def find(series: Series, name: str) -> Path | None:
+        path = Path("logs", series.name(0), f"{name}.png")
+        return path if results(series, 0) and path.exists() else None
+
+    for name, place in PICTURES.items():
+        if path := find(*place):
             to = ROOT / "docs" / f"{name}.png"
-            if series is FSVAE and picture != "curves":
+            to.write_bytes(path.read_bytes())
+            if place[1].startswith("samples-"):
                 image.imsave(to, image.imread(path)[::2, ::2])
-            else:
-                to.write_bytes(path.read_bytes())
             print(f"{to.name}: {path}")
-
-
-def draw_beta(known: dict) -> None:
-    """Draw docs/beta.png: the columns of the table beta, beside the first 40 samples of each beta's seed 0."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import image, pyplot
-
-    figure = pyplot.figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(4, 5))
-    axis, rows = left.subplots(), right.subplots(len(BETA), 1)
-    for key, title, style in (("rec", "reconstruction", "o-"), ("kl", "KL", "s-"), ("nelbo", "NELBO", "^-")):
-        means = [fmean(values(found(known, series, "subset"), key)) for series in BETA.values()]
-        axis.plot(range(len(BETA)), means, style, label=title)
-    axis.set(xlabel="beta", ylabel="nats per image", xticks=range(len(BETA)), xticklabels=BETA)
-    axis.legend()
-    for row, (beta, series) in zip(rows, BETA.items(), strict=True):
-        row.imshow(image.imread(Path("logs", series.name(0), "samples.png"))[:112])
-        row.set(xticks=[], yticks=[])
-        row.set_ylabel(beta, rotation=0, ha="right", va="center")
-    figure.savefig(ROOT / "docs" / "beta.png", dpi=100)
-    print("beta.png: table beta, and samples.png of its runs")
+    if all(paths := [find(series, "samples") for series in BETA.values()]):
+        rows = [np.pad(image.imread(path)[:112], ((0, 8), (0, 0), (0, 0)), constant_values=1) for path in paths]
+        image.imsave(ROOT / "docs" / "beta.png", np.concatenate(rows))
+        print(f"beta.png: samples.png of {', '.join(series.name(0) for series in BETA.values())}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -561,7 +542,7 @@ def main(argv: list[str] | None = None) -> int:
             print("stopped; the same command goes on from there", file=sys.stderr)
     known = stored() if only_pages else collect(runs)
     if flags.pictures:
-        pictures(known)
+        pictures()
     if flags.write:
         write(flags.only, known)
     if flags.check:

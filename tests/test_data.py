@@ -763,6 +763,13 @@ def test_mnist_arrives_whole(mnist_server, tmp_path, capsys):
     assert fetch.download(run) is None and len(mnist_server.asked) == asked  # what is there is not fetched again
 
 
+def test_to_evaluate_fetches_no_file_twice(mnist_server, tmp_path):
+    run = replace(mnist_run(tmp_path), train=0, test="all")
+    assert len(fetch.files(run)) == 2 and fetch.download(run) is None
+    asked = len(mnist_server.asked)
+    assert len(tree(tmp_path)) == 4 and fetch.download(mnist_run(tmp_path)) is None and len(mnist_server.asked) == asked
+
+
 def test_a_file_that_is_there_is_left_alone_by_a_download(mnist_server, tmp_path):
     run = mnist_run(tmp_path)
     there, *missing = fetch.files(run)

@@ -227,6 +227,11 @@ def test_dark_test_images_are_of_the_scale_of_the_training_images(own, tmp_path)
     lines(own("vae", "--iter_max", 2, content=packed(x=grey(60), x_test=dark)))
 
 
+def test_test_images_of_zero_and_one_beside_floats_are_refused(own):
+    line = refusal(own("vae", "--iter_max", 2, content=packed(x=grey(60) / 255, x_test=(grey(5) > 127).astype(int))))
+    assert "x_test with more than black: 0 and 1 are levels of 255" in line
+
+
 def test_a_stem_of_too_many_bytes_is_refused(tmp_path, main):
     path = tmp_path / f"{'数' * 34}.npz"
     path.write_bytes(packed(x=grey(60)))

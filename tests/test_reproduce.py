@@ -124,11 +124,15 @@ def test_a_run_on_drawn_digits_is_reported(reproduce, monkeypatch, capsys):
         {"test_images": 100},
         {"evaluated_on": "training images"},
         {"figures": {}},
+        {"seed": 9},
+        {"batch_size": 1000},
     ],
     ids=str,
 )
 def test_what_is_not_real_does_not_count(changes, reproduce, tmp_path):
-    log(reproduce, reproduce.VAE, 0, tmp_path, **changes)
+    settings = {name: changes[name] for name in ("seed", "batch_size") if name in changes}
+    folder = log(reproduce, reproduce.VAE, 0, tmp_path, **{} if settings else changes)
+    (folder / "config.json").write_text(json.dumps({"seed": 0, "batch_size": 100} | settings))
     assert not reproduce.done(reproduce.results(reproduce.VAE, 0), "subset")
     known = reproduce.collect({(reproduce.VAE, 0): []})
     assert reproduce.table("vae", known) == ["(no run of this table yet: `python docs/reproduce.py --only vae`)"]
@@ -167,7 +171,8 @@ def test_every_table_can_be_made(reproduce, tmp_path, capsys):
     accuracy = "| SSVAE gw = 1 accuracy | 0.9420 ± 0.0007 |  | 0.934 | 0.0139 | +5.1 |  | 0.885 to 0.955 | 5 of 5 |"
     assert f"{accuracy} 0.942 to 0.949 |" in said
     assert "| gw = 1 | 0.9420 ± 0.0007 | 0.0016 | 0.9400 | 0.9410 | 0.9420 | 0.9430 | 0.9440 |" in said
-    assert "| VAE | 2.75 ± 0.00 | 100.0 ± 0.0 | 99.9 ± 0.0 | 99.0 ± 0.0 | 10 |" in said  # NELBO - IWAE-1000, ESS
+    assert "| 99.00 ± 0.00 | 2.75 ± 0.00 | 100.0 ± 0.0 | 99.9 ± 0.0 | 99.0 ± 0.0 | 10 |" in said  # with gap and ESS
+    assert "| GMVAE - VAE | +0.00 | +0.00 |" in said
     assert "| 1000 | 0.9410 ± 0.0006 (3) | 0.9410 ± 0.0006 (3) | 0.9640 ± 0.0056 | 0.9487 |" in said
     assert "| 5 | 99.00 ± 0.00 | 99.0 ± 0.0 | 5.5 ± 0.0 | 93.80 ± 0.00 | 3 |" in said  # 110 s in 20,000 steps
     assert "| 10,000 | -590.5 ± 0.0 | -565.5 ± 0.0 | 20.0 ± 0.0 | -585.5 ± 0.0 | 2 |" in said
@@ -177,6 +182,15 @@ def test_every_table_can_be_made(reproduce, tmp_path, capsys):
         lines = reproduce.table(name, known)
         assert len({line.count("|") for line in lines}) == 1, name  # as many cells in each row
     assert reproduce.main(["--collect"]) == 0 and " 0 of them new" in capsys.readouterr().out
+
+
+def test_a_column_of_fewer_runs_says_of_how_many(reproduce, tmp_path, capsys):
+    for seed in range(3):
+        more = {"figures_all": {"niwae_5000": 93.8}, "figures_2018": FIGURES} if seed < 2 else {}
+        log(reproduce, reproduce.VAE, seed, tmp_path, **more)
+    assert reproduce.main(["--only", "train_iw", "sheet", "--collect"]) == 0
+    said = capsys.readouterr().out
+    assert "| 93.80 ± 0.00 (2) | 3 of 10 |" in said and "| VAE KL | 19.25 ± 0.00 | 19.25 ± 0.00 (2) |" in said
 
 
 def test_pictures_come_from_the_runs_that_count(reproduce, tmp_path, monkeypatch, capsys):
@@ -193,8 +207,12 @@ def test_pictures_come_from_the_runs_that_count(reproduce, tmp_path, monkeypatch
     assert reproduce.main(["--collect", "--pictures"]) == 0
     drawn = {path.name: image.imread(path) for path in (tmp_path / "docs").iterdir()}
     assert set(drawn) == {"vae-samples.png", "fsvae-2000.png", "beta.png"}
+    before = (tmp_path / "docs" / "beta.png").read_bytes()
+    log(reproduce, reproduce.BETA[8], 0, tmp_path, step=500)  # which does not count
+    image.imsave(tmp_path / "logs" / reproduce.VAE.name(0) / "samples.png", np.zeros((560, 1120, 3)))
+    assert reproduce.main(["--pictures"]) == 0 and (tmp_path / "docs" / "beta.png").read_bytes() == before
     assert np.array_equal((255 * drawn["fsvae-2000.png"][..., :3]).round(), large)
-    assert drawn["beta.png"].shape[:2] == (420, 1000)
+    assert drawn["beta.png"].shape[:2] == (5 * 120, 1120)
 
 
 def test_figures_of_runs_elsewhere_stay(reproduce, tmp_path):

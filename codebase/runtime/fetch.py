@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from codebase.runtime.files import Missing, UsageError, model_path, state_path, stored_steps
@@ -95,6 +96,7 @@ def download(run: Run) -> str | None:
 
             if run.real_data == "mnist":
                 datasets.MNIST(place, download=True)  # its four files at once
+                missing = [path for path in files(replace(run, train=1)) if not path.exists()]
             for path in missing:
                 if run.real_data == "svhn":
                     url, name, md5 = datasets.SVHN.split_list[path.name.split("_")[0]]

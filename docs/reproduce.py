@@ -404,7 +404,7 @@ def beta(known: dict) -> list[str]:
 
 
 def train_iw(known: dict) -> list[str]:
-    columns = [("IWAE-1000, subset", "niwae_1000", 2), ("ESS of 1000", "ess_1000", 1), ("ms per step", "ms", 1, "time")]
+    columns = [("IWAE-1000, subset", "niwae_1000", 2), ("ESS of 1000", "ess_1000", 1), ("ms per step", "ms", 0, "time")]
     columns += [("IWAE-5000, whole split", "niwae_5000", 2, "figures_all")]
     lines = averages(known, "k", TRAIN_IW, "subset", columns)
     return lines + [row(f"Burda et al. 2016, {k}", "", "", "", figure, "") for k, figure in BURDA["IWAE"].items()]

@@ -64,13 +64,18 @@ def command(script: str, *flags) -> list[str]:
     return [sys.executable, str(ROOT / f"run_{script}.py"), *map(str, flags)]
 
 
+def of_all_workers(tmp_path_factory) -> Path:
+    """A folder of this test run that its workers share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory) -> Path:
     """A data folder in which the drawn digits are stored once for all tests."""
     from codebase import data
 
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "drawn"  # one for all workers
+    folder = of_all_workers(tmp_path_factory) / "drawn"
     folder.mkdir(exist_ok=True)
     for split in ("train", "test"):  # the colour ones are drawn by the first test that wants them
         data.drawn_digits(str(folder), split, False)

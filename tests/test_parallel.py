@@ -136,6 +136,7 @@ def test_a_run_goes_on_with_more_processes_and_evaluation_shares_the_samples(fol
         assert float(ours.split(": ")[-1]) == pytest.approx(float(wanted.split(": ")[-1]), rel=1e-4)
 
 
+@pytest.mark.long
 def test_training_on_the_iwae_bound_of_ones_own_images_and_the_bounds_of_all_test_images_are_shared(
     folders, digits_dir, script
 ):

@@ -132,7 +132,7 @@ def own(path: str, split: str, colour: bool, labelled: bool) -> Images:
     x: (n, 28, 28), (n, 784) or, in colour, (n, 32, 32, 3), as whole numbers 0 to 255 or floats in [0, 1], which are
     rounded to bytes; y: (n,), 0 to 9. Without x_test the last tenth of x is held out. Raises UsageError otherwise.
     """
-    stored = io.BytesIO(content(path))
+    stored = io.BytesIO(content(path)[0])
     try:
         with np.load(stored, allow_pickle=False) as file:
             arrays = {name: np.asarray(file[name]) for name in ("x", "y", "x_test", "y_test") if name in file}

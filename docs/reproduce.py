@@ -92,6 +92,10 @@ LABELS = {(100, gw): series for gw, series in SSVAE.items()} | {
 }
 FSVAE = Series("fsvae_split=train", "--split train --check_data 0 --iter_max 50000 --iter_save 2000", 50_000, 35, 2)
 BINARY = {"VAE": VAE, "GMVAE": GMVAE}
+SHEET = {
+    model: (series, "subset", 2) for model, series in BINARY.items()
+}  # whose figures OTHERS has, to how many digits
+SHEET |= {f"SSVAE gw = {gw}": (series, "train", 4) for gw, series in SSVAE.items()}
 PICTURES = {  # in docs/: of which series' seed 0, and which picture
     "vae-samples": (VAE, "samples"),
     "gmvae-samples": (GMVAE, "samples"),
@@ -354,9 +358,7 @@ def z(ours: list[float], theirs: float, spread: float | None) -> str:
 def sheet(known: dict) -> list[str]:
     lines = head("", "ours", "ours, 2018", "sheet", "s.d.", "z", "z, 2018", "accepted", "seeds inside", "published")
     for model, key, (theirs, spread), (low, high), published in OTHERS:
-        series, stage, digits = BINARY.get(model), "subset", 2
-        if key == "accuracy":
-            series, stage, digits = SSVAE[int(model[-1])], "train", 4
+        series, stage, digits = SHEET[model]
         runs = found(known, series, stage)
         if ours := values(runs, key):
             old = values(runs, key, "figures_2018")
@@ -372,7 +374,7 @@ def ssvae(known: dict) -> list[str]:
     lines = head("", "accuracy", "s.d.", *(f"seed {seed}" for seed in range(5)))
     for gw, series in SSVAE.items():
         runs = found(known, series, "train")
-        each = [mean(values({0: runs.get(seed, {})}, "accuracy"), 4) for seed in range(5)]
+        each = [f"{runs[seed]['figures']['accuracy']:.4f}" if seed in runs else "" for seed in range(series.seeds)]
         numbers = values(runs, "accuracy")
         lines.append(row(f"gw = {gw}", mean(numbers, 4), deviation(numbers, 4), *each))
     return lines
@@ -505,9 +507,10 @@ def pictures() -> None:
     for name, place in PICTURES.items():
         if path := find(*place):
             to = ROOT / "docs" / f"{name}.png"
-            to.write_bytes(path.read_bytes())
             if place[1].startswith("samples-"):
                 image.imsave(to, image.imread(path)[::2, ::2])
+            else:
+                to.write_bytes(path.read_bytes())
             print(f"{to.name}: {path}")
     if all(paths := [find(series, "samples") for series in BETA.values()]):
         rows = [np.pad(image.imread(path)[:112], ((0, 8), (0, 0), (0, 0)), constant_values=1) for path in paths]

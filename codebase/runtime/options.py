@@ -120,17 +120,18 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What fixes the weights, besides the number of steps."""
         made = {item.name: getattr(self, item.name) for item in fields(self) if item.metadata["weights"]}
-        data = f"a file of SHA-256 {hashlib.sha256(content(self.data)).hexdigest()}" if self.own_images else self.data
+        data = f"a file of SHA-256 {content(self.data)[1]}" if self.own_images else self.data
         return {"model": self.model} | made | {"data": data}
 
 
 @functools.lru_cache(1)
-def content(path: str) -> bytes:
-    """The bytes of a file of images, read once: those that were checked are those that are used."""
+def content(path: str) -> tuple[bytes, str]:
+    """The bytes of a file of images and their SHA-256, read once: those that were checked are those that are used."""
     try:
-        return Path(path).read_bytes()
+        stored = Path(path).read_bytes()
     except OSError as error:
         raise UsageError(f"argument --data: {path} cannot be read ({error.strerror})") from error
+    return stored, hashlib.sha256(stored).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from codebase.runtime.options import Run, content
 
 COURSE = json.loads(Path(__file__).with_name("course_subset.json").read_text())
 COURSE_IMAGES = Path(__file__).with_name("course_images.npz")
+OLD_RULE = {"2018": torch.float32, "torch-0.4": torch.float64}  # what torch.bernoulli draws: from 1.0 on, and before
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,15 @@ def test_subset(test: Images, which: str = "subset") -> Tensor:
     """The test images that bounds are of, binarised once and for all: (n, 784) in {0, 1}.
 
     "subset": the course's 100, class after class, or the first 100 of a split that does not have them; "2018": the
-    same, binarised as the course did until about 2020; "all": the split.
+    same, binarised as the course did until about 2020, "torch-0.4": with the random numbers of that day's torch, which
+    compared float32 probabilities with doubles; "all": the split.
     """
     if which == "all":
         return binarize_once(test.pixels)
     pixels = test.pixels[test.positions("test")] if test.has_course("test") else test.pixels[:100]
-    if which == "2018":
-        drawn = torch.bernoulli(pixels.cpu() / 255, generator=torch.Generator().manual_seed(0))
-        return drawn.to(pixels.device)
+    if which in OLD_RULE:
+        p = (pixels.cpu() / 255).to(OLD_RULE[which])
+        return torch.bernoulli(p, generator=torch.Generator().manual_seed(0)).float().to(pixels.device)
     return binarize_once(pixels)
 
 

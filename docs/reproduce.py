@@ -107,7 +107,8 @@ PICTURES = {  # in docs/: of which series' seed 0, and which picture
 STAGES = {  # of a run: more flags, the key in results.json and the figure that it adds there, minutes of a core
     "train": ("", "figures", "", None),
     "subset": ("--train 0", "figures", "niwae_1000", 0.2),
-    "old": ("--train 0 --test 2018", "figures_2018", "niwae_1000", 0.2),
+    "2018": ("--train 0 --test 2018", "figures_2018", "niwae_1000", 0.2),
+    "0.4": ("--train 0 --test torch-0.4", "figures_torch-0.4", "niwae_1000", 0.2),
     "whole": ("--train 0 --test all", "figures_all", "niwae_1000", 4),
     "deep": ("--train 0 --test all --iw 1 5000", "figures_all", "niwae_5000", 15),
 }
@@ -155,7 +156,8 @@ def entry(series: Series, seed: int) -> dict:
         return {}
     folder = Path("logs", series.name(seed))
     rows = {line["step"]: line for line in read_csv(folder / "metrics.csv")}
-    kept = ("data", "step", "test_images", "figures", "figures_2018", "figures_all", "per_digit_accuracy")
+    parts = dict.fromkeys(part for _, part, *_ in STAGES.values())
+    kept = ("data", "step", "test_images", *parts, "per_digit_accuracy")
     made = {"flags": f"{series.script} {series.flags} --run {seed}".replace("  ", " ")}
     made |= {key: found[key] for key in kept if key in found}
     made |= {"torch": read_json(folder / "config.json").get("torch")}
@@ -356,14 +358,16 @@ def z(ours: list[float], theirs: float, spread: float | None) -> str:
 
 
 def sheet(known: dict) -> list[str]:
-    lines = head("", "ours", "ours, 2018", "sheet", "s.d.", "z", "z, 2018", "accepted", "seeds inside", "published")
+    draws = {"": "figures", ", 2018": "figures_2018", ", torch 0.4": "figures_torch-0.4"}
+    titles = [*(f"ours{draw}" for draw in draws), "sheet", "s.d.", *(f"z{draw}" for draw in draws)]
+    lines = head("", *titles, "accepted", "seeds inside", "published")
     for model, key, (theirs, spread), (low, high), published in OTHERS:
         series, stage, digits = SHEET[model]
         runs = found(known, series, stage)
         if ours := values(runs, key):
-            old = values(runs, key, "figures_2018")
-            cells = [mean(ours, digits), mean(old, digits, len(ours)), theirs, spread or ""]
-            cells += [z(ours, theirs, spread), z(old, theirs, spread), f"{low} to {high}"]
+            numbers = [values(runs, key, part) for part in draws.values()]
+            cells = [*(mean(some, digits, len(ours)) for some in numbers), theirs, spread or ""]
+            cells += [*(z(some, theirs, spread) for some in numbers), f"{low} to {high}"]
             cells += [f"{sum(low <= value <= high for value in ours)} of {len(ours)}"]
             cells += [f"{min(published)} to {max(published)}" if published else ""]
             lines.append(row(f"{model} {BOUNDS.get(key, key)}", *cells))
@@ -433,7 +437,7 @@ TABLES = {  # what makes it, and the series and stages that it needs
     "iwae": (iwae, BOTH),
     "ssvae": (ssvae, CLASSIFIERS),
     "digits": (per_digit, CLASSIFIERS),
-    "sheet": (sheet, [(series, "train subset old") for series in BINARY.values()] + CLASSIFIERS),
+    "sheet": (sheet, [(series, "train subset 2018 0.4") for series in BINARY.values()] + CLASSIFIERS),
     "beta": (beta, [(series, "train subset") for series in BETA.values()]),
     "whole": (whole, [(VAE, "train whole deep"), (GMVAE, "train whole")]),
     "fsvae": (fsvae, [(FSVAE, "train")]),

@@ -55,14 +55,19 @@ def test_the_images_that_come_with_the_package_are_the_courses_to_the_last_bit()
     assert data.COURSE_IMAGES.stat().st_size < 50_000
 
 
-def test_the_old_binarisation_is_torchs_at_seed_0_and_the_whole_split_is_binarised_by_the_present_one():
+def test_the_old_draws_are_those_of_torch_now_and_of_torch_0_4_and_the_whole_split_has_the_present_rule():
     test, before = data.course("test"), torch.get_rng_state()
-    old, whole = data.test_subset(test, "2018"), data.test_subset(test, "all")
+    old, older, whole = (data.test_subset(test, which) for which in ("2018", "torch-0.4", "all"))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(0)
     assert torch.equal(old, torch.bernoulli(test.pixels / 255)) and torch.equal(whole, data.binarize_once(test.pixels))
     many = data.Images(torch.full((230, 784), 128, dtype=torch.uint8), torch.full((230,), -1))
-    assert [len(data.test_subset(many, which)) for which in ("subset", "2018", "all")] == [100, 100, 230]
+    sizes = [len(data.test_subset(many, which)) for which in ("subset", "2018", "torch-0.4", "all")]
+    assert sizes == [100, 100, 100, 230]
+    words = np.frombuffer(np.random.RandomState(0).bytes(8 * old.numel()), "<u4").astype(np.uint64)  # Mersenne Twister
+    long = ((words[::2] << np.uint64(32)) | words[1::2]) & np.uint64(2**53 - 1)
+    for drawn, u in ((old, (words[: old.numel()] & np.uint64(2**24 - 1)) / 2**24), (older, long / 2**53)):
+        assert np.array_equal(drawn.flatten() == 1, u <= (test.pixels / 255).flatten().double().numpy())
 
 
 @needs_mnist
@@ -529,7 +534,7 @@ def test_a_run_has_the_data_set_that_was_asked_for_or_the_digits_under_auto(
         ("digits", ["mnist", "digits"], True, "digits"),
     ],
 )
-@pytest.mark.parametrize("test", ["subset", "2018"])
+@pytest.mark.parametrize("test", ["subset", "2018", "torch-0.4"])
 def test_to_evaluate_on_the_courses_images_nothing_is_downloaded_and_no_file_is_needed(
     choose, capsys, asked, stored, present, wanted, test
 ):

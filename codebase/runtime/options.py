@@ -144,8 +144,8 @@ class BinaryRun(Run):
     iw: tuple[int, ...] = flag((1, 10, 100, 1000), number(int, 1, 10**7), "samples m of --train 0's IWAE-m bounds")
     test: str = flag(
         "subset",
-        ["subset", "2018", "all"],
-        "test images of the bounds: the course's 100, binarised by its present rule or by that of 2018, or all",
+        ["subset", "2018", "torch-0.4", "all"],
+        "test images of the bounds: the course's 100, by its present draw, its old one, or that of torch 0.4, or all",
     )
 
     def __post_init__(self):

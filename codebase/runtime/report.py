@@ -80,7 +80,8 @@ def results(
     write(path, content | extra | {f"test_images{of}": tested})
     print(f"\ntest images: {tested:,}{tested_on(run, tested)}")
     if bounded:
-        print(f"bounds: of {bounded:,} images" + (", binarised by the rule of 2018" if run.test == "2018" else ""))
+        old = {"2018": ", binarised by the rule of 2018", "torch-0.4": ", binarised as torch 0.4 did in 2018"}
+        print(f"bounds: of {bounded:,} images" + old.get(run.test, ""))
     print("\n".join(f"  {name:<12} {value:10.4f}" for name, value in figures.items()))
     print(f"\nfiles in {log_dir(run.name)}{os.sep}: results.json, {', '.join(pictures)}")
 

@@ -149,6 +149,8 @@ def own(path: str, split: str, colour: bool, labelled: bool) -> Images:
     levels = [part.max(initial=0) for part in (arrays["x"], arrays[f"x{ending}"]) if part.dtype.kind in "iu"]
     dark = f"x{ending} with more than black: 0 and 1 are levels of 255; store them as floats"
     require(max(levels, default=255) > 1, f"argument --data: {path} should have {dark}")
+    if levels and levels[-1] <= 1:
+        print(f"warning: {path} should have {dark}, if that is what they mean")
     y, needs = arrays.get(f"y{ending}"), f"argument --data: {path} should have y{ending}"
     require(y is not None or not labelled, f"{needs}, the labels, which this model needs")
     y = np.full(len(pixels), -1) if y is None else y

@@ -131,6 +131,13 @@ def read_json(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
+def put(path: Path, text: str) -> None:
+    """Write a file whole: a reader, and whoever is stopped while writing, has the old one or the new one."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text)
+    beside.replace(path)
+
+
 def read_csv(path: Path) -> list[dict[str, float]]:
     lines = csv.DictReader(path.read_text().splitlines() if path.exists() else [])
     return [{key: float(value) for key, value in line.items()} for line in lines]
@@ -147,6 +154,7 @@ def results(series: Series, seed: int) -> dict:
     found, made = (read_json(Path("logs", series.name(seed), f"{file}.json")) for file in ("results", "config"))
     real = (found.get("data"), found.get("test_images")) == REAL[series.data]
     real = real and found.get("evaluated_on", "test split") == "test split" and found.get("step") == series.step
+    real = real and all(isinstance(found.get(part, {}), dict) for _, part, *_ in STAGES.values())
     return found if real and (made.get("seed", seed), made.get("batch_size", 100)) == (seed, 100) else {}
 
 
@@ -172,22 +180,35 @@ def entry(series: Series, seed: int) -> dict:
 
 def stored() -> dict:
     """What docs/figures.json holds: runs by name."""
-    return (read_json(FIGURES) or fail(f"{FIGURES} is damaged")) if FIGURES.exists() else {}
+    known = read_json(FIGURES)
+    if FIGURES.exists() and not (known and all(isinstance(run, dict) for run in known.values())):
+        fail(f"{FIGURES} is damaged: put an intact copy in its place")
+    return known
+
+
+def merged(known: dict, made: dict) -> dict:
+    """A run's entry, and what was known of the same weights before and logs/ does not hold any more."""
+    old, now = known.get("figures", {}), made.get("figures", {})
+    if not any(key in old for key in now) or any(old.get(key, now[key]) != now[key] for key in now):
+        return made
+    return known | {key: known.get(key, {}) | new if isinstance(new, dict) else new for key, new in made.items()}
 
 
 def collect(runs: dict) -> dict:
     """docs/figures.json, brought up to date with the runs in logs/; a new one is of this machine's kind of CPU."""
     known = stored()
     there = {series.name(seed): made for series, seed in runs if (made := entry(series, seed))}
-    old = {name: {key: run[key] for key in run if key != "cpu"} for name, run in known.items()}
-    new = {name: made for name, made in there.items() if made != old.get(name)}
+    there = {name: merged(known.get(name, {}), made) for name, made in there.items()}
+    new = {name: made for name, made in there.items() if made != known.get(name)}
     if new:
         import torch  # only here: the tables need no torch
 
-        known |= {name: made | {"cpu": torch.backends.cpu.get_cpu_capability()} for name, made in new.items()}
+        cpu = {"cpu": torch.backends.cpu.get_cpu_capability()}
+        known |= {name: cpu | made for name, made in new.items()}
         lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known))
-        FIGURES.write_text(f"{{\n{lines}\n}}\n")
-    print(f"{len(there)} of {len(runs)} runs are in logs/, {len(new)} of them new or changed in {FIGURES.name}")
+        put(FIGURES, f"{{\n{lines}\n}}\n")
+    kept = f"the others are those of {FIGURES.name}" if len(there) < len(runs) else "all of the tables'"
+    print(f"{len(there)} of {len(runs)} runs are in logs/, {len(new)} of them new or changed in {FIGURES.name}; {kept}")
     return known
 
 
@@ -218,7 +239,6 @@ def command(series: Series, seed: int, stage: str, data_dir: str | None) -> list
 
 def start(words: list[str], log: Path) -> subprocess.Popen:
     """A process of its own, with one thread, out of reach of the terminal's Ctrl-C; what it says goes to log."""
-    log.parent.mkdir(exist_ok=True)
     with log.open("a") as file:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(words, env=environment, stdout=file, stderr=file, start_new_session=True)
@@ -261,7 +281,7 @@ def run_all(runs: dict[tuple[Series, int], list[str]], jobs: int, data_dir: str 
                     del left[run]
                 state = f"FAILED, {why}" if why else "done"
                 print(f"{run[0].name(run[1])}: {stage} {state}; left: {time_left()}", flush=True)
-    except KeyboardInterrupt:
+    except BaseException:
         print("stopping: the runs save their state", flush=True)
         for process in running.values():
             process.terminate()
@@ -368,7 +388,8 @@ def sheet(known: dict) -> list[str]:
             numbers = [values(runs, key, part) for part in draws.values()]
             cells = [*(mean(some, digits, len(ours)) for some in numbers), theirs, spread or ""]
             cells += [*(z(some, theirs, spread) for some in numbers), f"{low} to {high}"]
-            cells += [f"{sum(low <= value <= high for value in ours)} of {len(ours)}"]
+            inside = [str(sum(low <= value <= high for value in some)) for some in numbers if some]
+            cells += [f"{', '.join(inside)} of {len(ours)}"]
             cells += [f"{min(published)} to {max(published)}" if published else ""]
             lines.append(row(f"{model} {BOUNDS.get(key, key)}", *cells))
     return lines
@@ -410,10 +431,10 @@ def beta(known: dict) -> list[str]:
 
 
 def train_iw(known: dict) -> list[str]:
-    columns = [("IWAE-1000, subset", "niwae_1000", 2), ("ESS of 1000", "ess_1000", 1), ("ms per step", "ms", 0, "time")]
-    columns += [("IWAE-5000, whole split", "niwae_5000", 2, "figures_all")]
+    columns = [("NELBO, subset", "nelbo", 2), ("IWAE-1000, subset", "niwae_1000", 2), ("ESS of 1000", "ess_1000", 1)]
+    columns += [("ms per step", "ms", 0, "time"), ("IWAE-5000, whole split", "niwae_5000", 2, "figures_all")]
     lines = averages(known, "k", TRAIN_IW, "subset", columns)
-    return lines + [row(f"Burda et al. 2016, {k}", "", "", "", figure, "") for k, figure in BURDA["IWAE"].items()]
+    return lines + [row(f"Burda et al. 2016, {k}", *[""] * 4, figure, "") for k, figure in BURDA["IWAE"].items()]
 
 
 def fsvae(known: dict) -> list[str]:
@@ -476,7 +497,7 @@ def write(names: list[str], known: dict) -> None:
     for page, (lines, places) in [(page, marked(page, names)) for page in PAGES]:  # all are read before one is written
         for name, begin, end in reversed(places):
             lines[begin:end] = table(name, known)
-        page.write_text("\n".join(lines) + "\n")
+        put(page, "\n".join(lines) + "\n")
         print(f"{page.name}: {', '.join(name for name, *_ in places) or 'no table'}")
 
 
@@ -508,6 +529,8 @@ def pictures() -> None:
         path = Path("logs", series.name(0), f"{name}.png")
         return path if results(series, 0) and path.exists() else None
 
+    if not any(find(*place) for place in PICTURES.values()):
+        print("no picture: no run that counts is in logs/")
     for name, place in PICTURES.items():
         if path := find(*place):
             to = ROOT / "docs" / f"{name}.png"
@@ -536,14 +559,20 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     if flags.jobs < 1:
         fail(f"argument --jobs: takes a whole number from 1, not {flags.jobs}")
-    if flags.data_dir is not None and not Path(flags.data_dir).is_dir():
-        fail(f"argument --data_dir: there is no folder {flags.data_dir}")
+    if flags.data_dir is not None and not os.path.isdir(flags.data_dir):
+        fail(f"argument --data_dir: there is no folder {flags.data_dir!r}")
     runs, code = needed(flags.only), 0
+    stored()  # a damaged one is better known before the runs than after them
     only_pages = (flags.write or flags.check or flags.pictures) and not flags.collect
     if not (flags.collect or only_pages):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, signal.default_int_handler)
         try:
+            Path("logs").mkdir(exist_ok=True)
             code = 0 if run_all(runs, flags.jobs, flags.data_dir) else 1
+        except OSError as error:  # logs is a file, the disk is full, or the like
+            fail(f"{error.filename}: {error.strerror}")
         except KeyboardInterrupt:
             code = 130
             print("stopped; the same command goes on from there", file=sys.stderr)

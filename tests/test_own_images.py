@@ -224,7 +224,10 @@ def test_the_stem_of_the_file_is_part_of_the_name(stem, tmp_path, monkeypatch):
 
 def test_dark_test_images_are_of_the_scale_of_the_training_images(own, tmp_path):
     dark = np.eye(28, dtype=np.uint8)[None]  # bytes of 0 and 1: nearly black where x goes to 255
-    lines(own("vae", "--iter_max", 2, content=packed(x=grey(60), x_test=dark)))
+    said = lines(own("vae", "--iter_max", 2, content=packed(x=grey(60), x_test=dark)))
+    assert sum(line.startswith("warning: ") and "store them as floats" in line for line in said) == 1
+    bright = packed(x=grey(60), x_test=grey(5))
+    assert "warning" not in "".join(lines(own("vae", "--iter_max", 2, "--run", 1, content=bright)))
 
 
 def test_test_images_of_zero_and_one_beside_floats_are_refused(own):

@@ -1,6 +1,7 @@
 """The README's Python examples run as they stand, its commands are taken, and its flags are the scripts' own."""
 
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -48,6 +49,14 @@ def test_the_write_ups_example_prints_what_stands_below_it():
     assert [*map(float, re.findall(number, printed))] == pytest.approx(
         [*map(float, re.findall(number, shown))], abs=0.05
     )
+
+
+def test_what_the_readme_shows_of_a_run_is_what_the_tables_have_of_it():
+    stored = json.loads((ROOT / "docs" / "figures.json").read_text())["model=vae_z=10_run=0000"]["figures"]
+    bound = "NELBO: {nelbo}. KL: {kl}. Rec: {rec}".format(**stored)
+    assert README.splitlines().count(bound) == 2  # of the training, and of --train 0
+    for m in (1, 10, 100, 1000):
+        assert f"Negative IWAE-{m}: {stored[f'niwae_{m}']}" in README.splitlines()
 
 
 def test_every_flag_of_every_script_is_explained_and_every_flag_explained_is_one():

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, wait_for
+from conftest import ROOT, tree, wait_for
 from matplotlib import image
 
 from codebase.runtime import options, report
@@ -47,9 +47,10 @@ def reproduce(tmp_path, monkeypatch):
         page.write_text("# Title\n\n<!-- table vae -->\nold\n<!-- end -->\nlast line\n")
     monkeypatch.setattr(module, "PAGES", pages)
     monkeypatch.setattr(module, "command", lambda *_: pytest.fail("a script was started"))
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield module
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pretend(module, monkeypatch, mode=""):
@@ -169,7 +170,7 @@ def test_every_table_can_be_made(reproduce, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith(f"{len(runs)} of {len(runs)} runs are in logs/, {len(runs)} of them new")
     nelbo = "| VAE NELBO | 101.75 ± 0.00 | 99.75 ± 0.00 | 98.75 ± 0.00 | 101.5 | 0.55 | +4.5 | -31.8 | -50.0 |"
-    assert f"{nelbo} 98 to 102 | 10 of 10 | 101.04 to 101.82 |" in said
+    assert f"{nelbo} 98 to 102 | 10, 10, 10 of 10 | 101.04 to 101.82 |" in said
     accuracy = (
         "| SSVAE gw = 1 accuracy | 0.9420 ± 0.0007 |  |  | 0.934 | 0.0139 | +5.1 |  |  | 0.885 to 0.955 | 5 of 5 |"
     )
@@ -178,7 +179,9 @@ def test_every_table_can_be_made(reproduce, tmp_path, capsys):
     assert "| 99.00 ± 0.00 | 2.75 ± 0.00 | 100.0 ± 0.0 | 99.9 ± 0.0 | 99.0 ± 0.0 | 10 |" in said  # with gap and ESS
     assert "| GMVAE - VAE | +0.00 | +0.00 |" in said
     assert "| 1000 | 0.9410 ± 0.0006 (3) | 0.9410 ± 0.0006 (3) | 0.9640 ± 0.0056 | 0.9487 |" in said
-    assert "| 5 | 99.00 ± 0.00 | 99.0 ± 0.0 | 6 ± 0 | 93.80 ± 0.00 | 3 |" in said  # 110 s in 20,000 steps
+    assert (
+        "| 5 | 101.75 ± 0.00 | 99.00 ± 0.00 | 99.0 ± 0.0 | 6 ± 0 | 93.80 ± 0.00 | 3 |" in said
+    )  # 110 s in 20,000 steps
     assert "| 10,000 | -590.5 ± 0.0 | -565.5 ± 0.0 | 20.0 ± 0.0 | -585.5 ± 0.0 | 2 |" in said
     known = json.loads((tmp_path / "figures.json").read_text())
     assert known[reproduce.FSVAE.name(1)]["torch"] == "2.15" and all(run["cpu"] for run in known.values())
@@ -229,6 +232,29 @@ def test_figures_of_runs_elsewhere_stay(reproduce, tmp_path):
     )
 
 
+@pytest.mark.parametrize("nelbo, kept", [(101.75, True), (101.5, False)])
+def test_what_is_stored_of_the_same_weights_stays_though_logs_has_less_of_it(nelbo, kept, reproduce, tmp_path, capsys):
+    name, whole = reproduce.VAE.name(0), {"nelbo": 99.5, "niwae_5000": 95.5}
+    folder = log(reproduce, reproduce.VAE, 0, tmp_path, figures_all=whole, **{"figures_torch-0.4": FIGURES})
+    assert reproduce.main(["--collect"]) == 0
+    stored = json.loads((tmp_path / "figures.json").read_text())
+    stored[name]["cpu"] = "A"
+    (tmp_path / "figures.json").write_text(json.dumps(stored))
+    fewer = {"figures": {"nelbo": nelbo, "kl": 19.25}, "figures_all": {"niwae_1000": 96.0}}
+    found = json.loads((folder / "results.json").read_text()) | fewer
+    del found["figures_torch-0.4"]
+    (folder / "results.json").write_text(json.dumps(found))
+    assert reproduce.main(["--collect"]) == 0
+    known = json.loads((tmp_path / "figures.json").read_text())[name]
+    if kept:
+        assert known == stored[name] | {"figures_all": whole | {"niwae_1000": 96.0}}
+    else:  # of other weights: nothing of the old ones may stand beside it
+        assert known["figures_all"] == {"niwae_1000": 96.0} and "figures_torch-0.4" not in known
+        assert known["figures"] == fewer["figures"] and known["cpu"] != "A"
+    capsys.readouterr()
+    assert reproduce.main(["--collect"]) == 0 and " 0 of them new" in capsys.readouterr().out
+
+
 def test_check_passes_after_write_and_names_a_changed_digit(reproduce, tmp_path, capsys):
     log(reproduce, reproduce.VAE, 0, tmp_path)
     assert reproduce.main(["--collect", "--write"]) == 0 and reproduce.main(["--check"]) == 0
@@ -263,15 +289,38 @@ def test_wrong_markers_get_one_line_and_change_nothing(page, message, reproduce,
     assert (tmp_path / "writeup.md").read_text() == page and "old" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("words", ["--only vea", "--jobs 0", "--jobs x", "--data_dir nowhere", "--chek", "--check"])
-def test_bad_input_gets_one_line(words, reproduce, tmp_path, capsys):
-    (tmp_path / "figures.json").write_text("{" if words == "--check" else "{}")
+@pytest.mark.parametrize(
+    "words, stored",
+    [
+        (["--only", "vea"], None),
+        (["--jobs", "0"], None),
+        (["--jobs", "x"], None),
+        (["--data_dir", "nowhere"], None),
+        (["--data_dir", ""], None),
+        (["--chek"], None),
+        (["--check"], "{"),
+        (["--only", "vae"], '{"model=vae_z=10_run=0000": 3}'),
+        (["--only", "vae"], None),
+    ],
+    ids=str,
+)
+def test_bad_input_gets_one_line_and_changes_nothing(words, stored, reproduce, tmp_path, monkeypatch, capsys):
+    pretend(reproduce, monkeypatch)
+    if stored:
+        (tmp_path / "figures.json").write_text(stored)
+    (tmp_path / "logs").write_text("a file")
+    before = tree(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        reproduce.main(words.split())
-    assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+        reproduce.main(words)
+    assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1 and tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_figures_of_a_wrong_shape_do_not_count(reproduce, tmp_path):
+    log(reproduce, reproduce.VAE, 0, tmp_path, figures=[1])
+    assert reproduce.collect({(reproduce.VAE, 0): []}) == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_all_runs_and_says_how_to_go_on(number, tmp_path):
     child = (
         "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(open(sys.argv[1], 'w').close()));"

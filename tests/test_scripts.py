@@ -758,7 +758,12 @@ def test_without_a_test_split_fsvaes_figure_says_that_it_is_of_training_images(
     found = results(tmp_path, "model=fsvae_split=train_run=0000")
     assert found["evaluated_on"] == "training images"
     assert found["figures"] == pytest.approx(svhn_bound(tmp_path, "train", svhn["train"], 20), rel=1e-5)
+    assert f"training images: {found['test_images']}" in printed
     assert lines(main("fsvae", *flags, "--train", 0))[-1] == printed[-1]
+    said = lines(main("fsvae", *flags, "--runs", 2))
+    assert any(line.startswith("2 runs (0, 1) (on training images), mean and standard error") for line in said)
+    summary = json.loads((tmp_path / "logs" / "model=fsvae_split=train_summary.json").read_text())
+    assert summary["evaluated_on"] == "training images"
 
 
 def test_fsvae_trained_on_the_test_split_says_that_it_is_evaluated_on_training_images(

@@ -78,7 +78,7 @@ def results(
         if (about | weights).items() <= (weights | known).items():  # of an older revision's file they are not known
             content = known | weights | {f"figures{of}": known.get(f"figures{of}", {}) | figures}
     write(path, content | extra | {f"test_images{of}": tested})
-    print(f"\ntest images: {tested:,}{tested_on(run, tested)}")
+    print(f"\n{extra.get('evaluated_on', 'test split').split()[0]} images: {tested:,}{tested_on(run, tested)}")
     if bounded:
         old = {"2018": ", binarised by the rule of 2018", "torch-0.4": ", binarised as torch 0.4 did in 2018"}
         print(f"bounds: of {bounded:,} images" + old.get(run.test, ""))
@@ -106,8 +106,9 @@ def summarise(run: Run, figures: dict[int, dict[str, float]]) -> None:
     of, table, each = _part(run), {}, list(figures.values())
     path = Path("logs", f"{run.series}{of.replace('_', '_test=')}_summary.json")
     known = json.loads((log_dir(run.name) / "results.json").read_text())
-    about = {key: known[key] for key in ("data", "step", f"test_images{of}")}
-    remark = tested_on(run, about[f"test_images{of}"])
+    about = {key: known[key] for key in ("data", "step", f"test_images{of}", "evaluated_on") if key in known}
+    trained_on = known.get("evaluated_on") == "training images"  # an FSVAE without a test split
+    remark = " (on training images)" if trained_on else tested_on(run, about[f"test_images{of}"])
     print(f"\n{len(each)} runs ({', '.join(map(str, figures))}){remark}, mean and standard error, in {path}:")
     for key in each[0]:
         values = [found[key] for found in each]

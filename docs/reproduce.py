@@ -254,11 +254,17 @@ def problem(series: Series, seed: int, stage: str, code: int) -> str:
     return "" if done(results(series, seed), stage) else f"its figures do not count: {about}"
 
 
-def run_all(runs: dict[tuple[Series, int], list[str]], jobs: int, data_dir: str | None) -> bool:
-    """Run what is not done yet, the stages of a run one after another; return whether all went well."""
+def run_all(runs: dict[tuple[Series, int], list[str]], jobs: int, data_dir: str | None) -> int:
+    """Run what is not done yet, the stages of a run one after another; return the exit code.
+
+    A signal ends it once the runs that are under way have saved their state.
+    """
     left = {run: [stage for stage in stages if not done(results(*run), stage)] for run, stages in runs.items()}
     left = {run: stages for run, stages in left.items() if stages}
-    waiting, running, well = list(left), {}, True
+    waiting, running, code, caught = list(left), {}, 0, []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, lambda *_: caught.append(True))
 
     def time_left() -> str:
         total = sum(minutes(*run, stage) for run, stages in left.items() for stage in stages)
@@ -266,29 +272,30 @@ def run_all(runs: dict[tuple[Series, int], list[str]], jobs: int, data_dir: str 
 
     print(f"{len(left)} of {len(runs)} runs are to do, {jobs} at a time: {time_left()}", flush=True)
     try:
-        while waiting or running:
+        while (waiting or running) and not caught:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
                 running[run] = start(command(*run, left[run][0], data_dir), Path("logs", f"{run[0].name(run[1])}.txt"))
             time.sleep(0.1)
             for run in [run for run, process in running.items() if process.poll() is not None]:
-                code, stage = running.pop(run).returncode, left[run].pop(0)
-                if why := problem(*run, stage, code):
-                    well, left[run] = False, []
+                ended, stage = running.pop(run).returncode, left[run].pop(0)
+                if why := problem(*run, stage, ended):
+                    code, left[run] = 1, []
                 if left[run]:
                     waiting.insert(0, run)
                 else:
                     del left[run]
                 state = f"FAILED, {why}" if why else "done"
                 print(f"{run[0].name(run[1])}: {stage} {state}; left: {time_left()}", flush=True)
-    except BaseException:
-        print("stopping: the runs save their state", flush=True)
+    finally:  # nothing runs any more, but after a signal or an error
         for process in running.values():
             process.terminate()
         for process in running.values():
             process.wait()
-        raise
-    return well
+    if caught and left:
+        print("stopped, the runs' states are saved; the same command goes on from there", file=sys.stderr)
+        return 130
+    return code
 
 
 # ---- the tables: functions of docs/figures.json that return lines
@@ -565,17 +572,11 @@ def main(argv: list[str] | None = None) -> int:
     stored()  # a damaged one is better known before the runs than after them
     only_pages = (flags.write or flags.check or flags.pictures) and not flags.collect
     if not (flags.collect or only_pages):
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                signal.signal(number, signal.default_int_handler)
         try:
             Path("logs").mkdir(exist_ok=True)
-            code = 0 if run_all(runs, flags.jobs, flags.data_dir) else 1
+            code = run_all(runs, flags.jobs, flags.data_dir)
         except OSError as error:  # logs is a file, the disk is full, or the like
             fail(f"{error.filename}: {error.strerror}")
-        except KeyboardInterrupt:
-            code = 130
-            print("stopped; the same command goes on from there", file=sys.stderr)
     known = stored() if only_pages else collect(runs)
     if flags.pictures:
         pictures()

@@ -35,6 +35,9 @@ path.write_text(json.dumps(known | {part: found}))
 """
 
 
+STOPPED = "stopped, the runs' states are saved; the same command goes on from there\n"
+
+
 @pytest.fixture
 def reproduce(tmp_path, monkeypatch):
     """The module, in an empty folder and with pages and figures.json in it; no script is started in earnest."""
@@ -47,7 +50,7 @@ def reproduce(tmp_path, monkeypatch):
         page.write_text("# Title\n\n<!-- table vae -->\nold\n<!-- end -->\nlast line\n")
     monkeypatch.setattr(module, "PAGES", pages)
     monkeypatch.setattr(module, "command", lambda *_: pytest.fail("a script was started"))
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield module
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -337,5 +340,5 @@ def test_a_signal_stops_all_runs_and_says_how_to_go_on(number, tmp_path):
     time.sleep(0.1)
     process.send_signal(number)
     said, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and error == "stopped; the same command goes on from there\n", said + error
+    assert process.returncode == 130 and error == STOPPED, said + error
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "0began", "1began", "logs"}

@@ -6,7 +6,7 @@ as many runs at a time as there are cores, one thread each, and goes on where it
 of one core. What it finds it stores in docs/figures.json, from which --write and --check make the tables, on a clone
 without any run too; --pictures takes the pictures from logs/. A table stands between <!-- table NAME --> and
 <!-- end -->. The table fsvae takes the sample of 10,366 SVHN digits in DIR; figures of other files, of drawn digits, or
-of another number of steps do not count.
+of another number of steps do not count. The table speed is of docs/speed.json, which tests/benchmark.py --output writes.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from statistics import fmean, median, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures.json"
+SPEED = ROOT / "docs" / "speed.json"  # by tests/benchmark.py, on an idle machine
 PAGES = [ROOT / "README.md", ROOT / "docs" / "writeup.md"]
 REAL = {"mnist": ("mnist", 10_000), "svhn": ("svhn, train split, files not verified", 486)}  # data, test images
 BOUNDS = {"nelbo": "NELBO", "kl": "KL", "rec": "Rec"} | {f"niwae_{m}": f"IWAE-{m}" for m in (1, 10, 100, 1000)}
@@ -456,6 +457,23 @@ def fsvae(known: dict) -> list[str]:
     return [*lines, row("final evaluation", "", *cells, count(runs, FSVAE))]
 
 
+def speed(known: dict) -> list[str]:
+    found, ours = read_json(SPEED), ("textbook", "plain", "compiled", "products", "jax")
+    ratios = [("textbook", "plain"), ("textbook", "compiled"), ("jax", "compiled")]
+    titles = [*ours[:3], "matrix products", "JAX", *(" / ".join(pair).replace("jax", "JAX") for pair in ratios)]
+    lines = head("ms per step", *titles, "evaluation, s", "textbook", "MB", "textbook")
+    for kind, times in found.get("steps", {}).items():
+        cells = [f"{median(times[name]):.1f}" if name in times else "" for name in ours]
+        pairs = [zip(times.get(above, []), times[below]) for above, below in ratios]  # noqa: B905 (JAX may not be there)
+        cells += [f"{median(some):.2f}" if (some := [a / b for a, b in pair]) else "" for pair in pairs]
+        for key, digits in (("seconds", 1), ("megabytes", 0)):
+            runs = found["evaluation"].get(kind, {})
+            each = [[run[key] for run in runs.get(whose, [])] for whose in ("ours", "textbook")]
+            cells += [f"{median(numbers):,.{digits}f}" if numbers else "" for numbers in each]
+        lines.append(row(kind.upper(), *cells))
+    return lines
+
+
 BOTH = [(series, "train subset") for series in BINARY.values()]
 CLASSIFIERS = [(series, "train") for series in SSVAE.values()]
 TABLES = {  # what makes it, and the series and stages that it needs
@@ -471,13 +489,14 @@ TABLES = {  # what makes it, and the series and stages that it needs
     "fsvae": (fsvae, [(FSVAE, "train")]),
     "labels": (labels, [(series, "train") for series in LABELS.values()]),
     "train_iw": (train_iw, [(series, "train subset deep") for series in TRAIN_IW.values()]),
+    "speed": (speed, []),
 }
 
 
 def table(name: str, known: dict) -> list[str]:
     """The lines of a table, or one that says that it has no runs."""
     make, needs = TABLES[name]
-    if any(found(known, series, stage) for series, stages in needs for stage in stages.split()):
+    if not needs or any(found(known, series, stage) for series, stages in needs for stage in stages.split()):
         return make(known)
     return [f"(no run of this table yet: `python docs/reproduce.py --only {name}`)"]
 

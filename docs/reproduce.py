@@ -6,7 +6,7 @@ as many runs at a time as there are cores, one thread each, and goes on where it
 of one core. What it finds it stores in docs/figures.json, from which --write and --check make the tables, on a clone
 without any run too; --pictures takes the pictures from logs/. A table stands between <!-- table NAME --> and
 <!-- end -->. The table fsvae takes the sample of 10,366 SVHN digits in DIR; figures of other files, of drawn digits, or
-of another number of steps do not count. The table speed is of docs/speed.json, which tests/benchmark.py --output writes.
+of another number of steps do not count. The table speed is of docs/speed.json, by tests/benchmark.py --output.
 """
 
 import argparse

@@ -93,9 +93,8 @@ LABELS = {(100, gw): series for gw, series in SSVAE.items()} | {
 }
 FSVAE = Series("fsvae_split=train", "--split train --check_data 0 --iter_max 50000 --iter_save 2000", 50_000, 35, 2)
 BINARY = {"VAE": VAE, "GMVAE": GMVAE}
-SHEET = {
-    model: (series, "subset", 2) for model, series in BINARY.items()
-}  # whose figures OTHERS has, to how many digits
+# Of the models in OTHERS: the series, the stage that gives their figures, and to how many digits.
+SHEET = {model: (series, "subset", 2) for model, series in BINARY.items()}
 SHEET |= {f"SSVAE gw = {gw}": (series, "train", 4) for gw, series in SSVAE.items()}
 PICTURES = {  # in docs/: of which series' seed 0, and which picture
     "vae-samples": (VAE, "samples"),
@@ -113,6 +112,7 @@ STAGES = {  # of a run: more flags, the key in results.json and the figure that 
     "whole": ("--train 0 --test all", "figures_all", "niwae_1000", 4),
     "deep": ("--train 0 --test all --iw 1 5000", "figures_all", "niwae_5000", 15),
 }
+PARTS = list(dict.fromkeys(part for _, part, *_ in STAGES.values()))  # of results.json: figures by name
 
 
 # ---- what the runs left in logs/, and docs/figures.json
@@ -155,7 +155,7 @@ def results(series: Series, seed: int) -> dict:
     found, made = (read_json(Path("logs", series.name(seed), f"{file}.json")) for file in ("results", "config"))
     real = (found.get("data"), found.get("test_images")) == REAL[series.data]
     real = real and found.get("evaluated_on", "test split") == "test split" and found.get("step") == series.step
-    real = real and all(isinstance(found.get(part, {}), dict) for _, part, *_ in STAGES.values())
+    real = real and all(isinstance(found.get(part, {}), dict) for part in PARTS)
     return found if real and (made.get("seed", seed), made.get("batch_size", 100)) == (seed, 100) else {}
 
 
@@ -165,8 +165,7 @@ def entry(series: Series, seed: int) -> dict:
         return {}
     folder = Path("logs", series.name(seed))
     rows = {line["step"]: line for line in read_csv(folder / "metrics.csv")}
-    parts = dict.fromkeys(part for _, part, *_ in STAGES.values())
-    kept = ("data", "step", "test_images", *parts, "per_digit_accuracy")
+    kept = ("data", "step", "test_images", *PARTS, "per_digit_accuracy")
     made = {"flags": f"{series.script} {series.flags} --run {seed}".replace("  ", " ")}
     made |= {key: found[key] for key in kept if key in found}
     made |= {"torch": read_json(folder / "config.json").get("torch")}

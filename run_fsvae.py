@@ -36,13 +36,13 @@ def one_run(run: Run, group) -> dict[str, float]:
     def batch(index: torch.Tensor) -> tuple[tuple, tuple]:
         return (images.scaled(index), images.one_hot(index)), ()
 
-    def at_checkpoint(step: int) -> dict[str, float]:
+    def watch(step: int) -> dict[str, float]:
         figures.of_fsvae(model, f"samples-{step:07d}")
         return evaluate.conditional_bound(model, test, 1000) if unseen else {}
 
     torch.manual_seed(run.seed)
     model = FSVAE(run.name).to(run.device)
-    train.train_or_load(model, batch, len(images), run, group, at_checkpoint)
+    train.train_or_load(model, batch, len(images), run, group, watch)
 
     found = evaluate.conditional_bound(model, test)
     if group.main:

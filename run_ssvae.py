@@ -43,20 +43,18 @@ def one_run(run: Run, group) -> dict[str, float]:
         some = everyone if run.labels <= 100 else torch.randint(run.labels, (100,), device=run.device)
         return (images.binary(index),), (labelled.binary(some), labelled.one_hot(some))
 
-    def at_checkpoint(step: int) -> dict[str, float]:
+    def watch(step: int) -> dict[str, float]:
         return {"accuracy": evaluate.accuracy(evaluate.confusion(model, test))}
 
     torch.manual_seed(run.seed)
     model = SSVAE(run.gw, run.cw, run.name).to(run.device)
-    train.train_or_load(model, batch, len(images), run, group, at_checkpoint)
+    train.train_or_load(model, batch, len(images), run, group, watch)
 
     counts = evaluate.confusion(model, test)
     found = {"accuracy": evaluate.accuracy(counts)}
     if group.main:
-        tables = {
-            "confusion": counts.tolist(),
-            "per_digit_accuracy": (counts.diag() / counts.sum(1).clamp(min=1)).tolist(),
-        }
+        of_each_digit = (counts.diag() / counts.sum(1).clamp(min=1)).tolist()
+        tables = {"confusion": counts.tolist(), "per_digit_accuracy": of_each_digit}
         report.results(run, found, figures.of_ssvae(model, counts), len(test), **tables)
         report.confusion(counts.tolist())
         print(f"Test set classification accuracy: {found['accuracy']}{report.tested_on(run, len(test))}")

@@ -33,10 +33,10 @@ def one_run(run: Run, group) -> dict[str, float]:
     def batch(index: torch.Tensor) -> tuple[tuple, tuple]:
         return (images.binary(index),), ()
 
-    def at_checkpoint(step: int) -> dict[str, float]:
+    def watch(step: int) -> dict[str, float]:
         return evaluate.bounds(model, subset, ())
 
-    train.train_or_load(model, batch, len(images), run, group, at_checkpoint)
+    train.train_or_load(model, batch, len(images), run, group, watch)
 
     x = data.test_subset(test, run.test)
     found = evaluate.bounds(model, x, () if run.train else run.iw, group=group, progress=True)

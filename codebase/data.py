@@ -195,13 +195,12 @@ def read_idx(path: Path, header: tuple[int, ...], check: int) -> Tensor:
     """The bytes of an idx file, in its shape. Raises UsageError unless it has this header, its size and checksum."""
     with reading(path):
         content = path.read_bytes()
-    start, known = 4 * len(header), COURSE["mnist_sha256"]
-    begins = np.frombuffer(content[:start], ">i4").tolist() == list(header) if len(content) >= start else False
-    intact(path, begins, f"does not begin as that file does (magic number, counts {header})")
-    intact(path, len(content) == start + math.prod(header[1:]), f"is truncated or too long ({len(content):,} bytes)")
-    published = not check or hashlib.sha256(content).hexdigest() == known[path.name]
+    begin, size = np.array(header, ">i4").tobytes(), len(content)
+    intact(path, content.startswith(begin), f"does not begin as that file does (magic number, counts {header})")
+    intact(path, size == len(begin) + math.prod(header[1:]), f"is truncated or too long ({size:,} bytes)")
+    published = not check or hashlib.sha256(content).hexdigest() == COURSE["mnist_sha256"][path.name]
     intact(path, published, "is not the published file (its SHA-256 differs; --check_data 0 takes it all the same)")
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(header[1:])
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=len(begin)).reshape(header[1:])
 
 
 def intact(path: Path, condition: bool, wrong: str) -> None:
@@ -237,12 +236,9 @@ def svhn(data_dir: str, split: str, check: int) -> Images:
         file.seek(0)
         content = loadmat(file)
         pixels, labels = content.pop("X").transpose(3, 2, 1, 0), content["y"].astype(np.int64).flatten()
-        there = pixels.shape == (len(labels), 3, 32, 32) and pixels.dtype == np.uint8
-        intact(
-            path,
-            there and 0 <= labels.min() <= labels.max() <= 10,
-            "holds no 32 x 32 x 3 byte images with labels 1 to 10",
-        )
+        fits = pixels.shape == (len(labels), 3, 32, 32) and pixels.dtype == np.uint8
+        fits = fits and 0 <= labels.min() <= labels.max() <= 10
+        intact(path, fits, "holds no 32 x 32 x 3 byte images with labels 1 to 10")
     pixels = np.ascontiguousarray(pixels)  # no copy: the file keeps each image together, columns first
     for block in np.array_split(pixels, max(1, len(pixels) // 10000)):
         block[...] = block.transpose(0, 1, 3, 2).copy()  # rows first, in place: the extra split fits in memory once

@@ -63,10 +63,7 @@ def colour(glyphs: Tensor, labels: Tensor, chance: Callable) -> Tensor:
 
 
 def draw(counts: list[int], seed: int, in_colour: bool) -> tuple[np.ndarray, np.ndarray]:
-    """counts[d] images of each digit d, shuffled: pixels (n, 784) or (n, 3072) as bytes, labels (n,).
-
-    In colour they are like SVHN's, channel-major, else like MNIST's.
-    """
+    """counts[d] images of each digit d, shuffled: bytes (n, 784) or in colour (n, 3072, channel-major); labels (n,)."""
     stream, pictures = torch.Generator().manual_seed(seed), glyphs()
 
     def chance(low: float, high: float, *shape: int) -> Tensor:

@@ -109,10 +109,8 @@ def latent_use(model: BinaryVAE, images: Images) -> dict[str, float]:
         m = torch.cat([model.enc(images.binary(index))[0] for index in positions])
         found = {"active": (m.var(0, correction=0) > 0.01).sum().item()}
         if isinstance(model, GMVAE):
-            best = [
-                utils.log_normal_components(rows, *model.prior()).argmax(-1)
-                for rows in m.split(min(ROWS, chunk_rows(model, m.device)))
-            ]
+            pieces = m.split(min(ROWS, chunk_rows(model, m.device)))
+            best = [utils.log_normal_components(rows, *model.prior()).argmax(-1) for rows in pieces]
             found["components"] = torch.cat(best).unique().numel()
     return found
 

@@ -25,7 +25,7 @@ from matplotlib import image, pyplot
 ZOOM = 2
 TITLES = {"loss": "loss", "nelbo": "NELBO", "rec": "reconstruction", "kl": "KL of z", "kl_y": "KL of y"}
 TITLES |= {"ce": "cross-entropy", "acc": "accuracy"}
-COLOURS = "#0072B2 #56B4E9 #D55E00 #009E73 #CC79A7 #000000 #E69F00".split()
+COLOURS = dict(zip(TITLES, "#0072B2 #56B4E9 #D55E00 #009E73 #CC79A7 #000000 #E69F00".split(), strict=True))
 
 
 def of_binary_vae(model: BinaryVAE, x: Tensor, test: Images) -> list[str]:
@@ -96,12 +96,8 @@ def latent(model: BinaryVAE, images: Images, path: Path) -> str:
         colour, name = (f"C{digit}", str(digit)) if digit >= 0 else ("C7", "no label")
         axis.scatter(*those.T, s=max(3, 2000 / len(z)), color=colour, alpha=0.5, linewidths=0, label=name)
     axis.scatter(*prior.T, s=12, color="black", marker="x", linewidths=0.6, label="prior" if len(prior) else None)
-    kind = "z" if model.z_dim <= 2 else "principal component"
-    axis.set(
-        xlabel=f"{kind} 1",
-        ylabel=f"{kind} 2" if model.z_dim > 1 else "",
-        title=f"posterior means of {len(z):,} test images",
-    )
+    kind, title = "z" if model.z_dim <= 2 else "principal component", f"posterior means of {len(z):,} test images"
+    axis.set(xlabel=f"{kind} 1", ylabel=f"{kind} 2" if model.z_dim > 1 else "", title=title)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=3 if len(z) > 1000 else 1, frameon=False)
     return _save(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
@@ -111,22 +107,20 @@ def curves(folder: Path) -> list[str]:
 
     What test.csv holds of images that were not trained on stands beside the same figure of the training.
     """
-    if not (folder / "metrics.csv").exists():
+    columns, tests = _table(folder / "metrics.csv"), _table(folder / "test.csv")
+    if not columns:
         return []
-    steps, values = _table(folder / "metrics.csv")
-    values = {name: column for name, column in values.items() if name in TITLES and column.any()}
-    if len(values) > 1 and np.array_equal(values["loss"], values.get("nelbo")):
+    values = {name: columns[name] for name in TITLES if name in columns and columns[name].any()}
+    values = values or {"loss": np.zeros(0)}  # of a run that has just begun
+    if np.array_equal(values["loss"], values.get("nelbo")):
         del values["nelbo"]
-    test_steps, found = _table(folder / "test.csv") if (folder / "test.csv").exists() else ([], {})
-    tested = {("nelbo" if "nelbo" in values else "loss"): found.get("nelbo"), "acc": found.get("accuracy")}
-    shown = [name for name in TITLES if name in values] or ["loss"]
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(4 * len(shown), 3.2), layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], shown, strict=True):
-        column = values.get(name, np.zeros(0))
-        axis.plot(steps[: len(column)], column, color=dict(zip(TITLES, COLOURS, strict=True))[name], linewidth=1)
+    tested = {("nelbo" if "nelbo" in values else "loss"): tests.get("nelbo"), "acc": tests.get("accuracy")}
+    figure, axes = pyplot.subplots(1, len(values), figsize=(4 * len(values), 3.2), layout="constrained", squeeze=False)
+    for axis, (name, column) in zip(axes[0], values.items(), strict=True):
+        axis.plot(columns["step"][: len(column)], column, color=COLOURS[name], linewidth=1)
         settled = column[len(column) // 20 :]  # the first steps may leave the picture
         if tested.get(name) is not None:
-            axis.plot(test_steps, tested[name], "o--", color="black", markersize=3, linewidth=0.8, label="test images")
+            axis.plot(tests["step"], tested[name], "ko--", markersize=3, linewidth=0.8, label="test images")
             axis.legend(frameon=False)
             settled = np.concatenate([settled, tested[name]])
         settled = settled[np.isfinite(settled)]
@@ -138,12 +132,10 @@ def curves(folder: Path) -> list[str]:
     return [_save(folder / "curves.png", lambda file: figure.savefig(file, format="png", dpi=110))]
 
 
-def _table(path: Path) -> tuple[list[int], dict[str, np.ndarray]]:
-    """The steps and the columns of a table."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    steps = [int(row.pop("step")) for row in rows]
-    return steps, {name: np.array([float(row[name]) for row in rows]) for name in (rows[0] if rows else ())}
+def _table(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a table by name, or none where it is not there."""
+    names, *rows = csv.reader(path.read_text().splitlines()) if path.exists() else [[]]
+    return dict(zip(names, np.array(rows, float).reshape(len(rows), len(names)).T, strict=True))
 
 
 def confusion(counts: Tensor, path: Path) -> str:

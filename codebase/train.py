@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch
@@ -27,24 +28,20 @@ COLUMNS = {"train/loss": "loss", "gen/elbo": "nelbo", "gen/kl_z": "kl", "gen/kl_
 COLUMNS |= {"class/ce": "ce", "class/acc": "acc"}  # of metrics.csv, which shows what goes down
 Batch = Callable[[Tensor], tuple[tuple, tuple]]
 Gradient = Callable[..., dict[str, Tensor]]
-AtCheckpoint = Callable[[int], dict[str, float]]
+Watch = Callable[[int], dict[str, float]]
 
 
 def order(n: int, batch_size: int, seed: int, start: int, device: str) -> Iterator[Tensor]:
     """Batches of positions from batch `start` on: shuffled passes over all n images, laid end to end."""
-
-    def shuffled(epoch: int) -> Tensor:
+    first, offset = divmod(start * batch_size, n)
+    ahead = torch.empty(0, dtype=torch.int64, device=device)
+    for epoch in count(first):
         generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + epoch) % 2**32)
-        return torch.randperm(n, generator=generator).to(device)
-
-    epoch, offset = divmod(start * batch_size, n)
-    ahead = shuffled(epoch)[offset:]
-    while True:
+        shuffled = torch.randperm(n, generator=generator).to(device)
+        ahead = torch.cat([ahead, shuffled[offset if epoch == first else 0 :]])
         whole = len(ahead) // batch_size * batch_size
-        if whole:
-            yield from ahead[:whole].split(batch_size)
-        epoch += 1
-        ahead = torch.cat([ahead[whole:], shuffled(epoch)])
+        yield from ahead[:whole].reshape(-1, batch_size)
+        ahead = ahead[whole:]
 
 
 def add_gradient(model: nn.Module, share: float, *tensors: Tensor) -> dict[str, Tensor]:
@@ -123,11 +120,11 @@ def backward(
 class Training:
     """What the steps of a training change, and how that is saved: weights, optimizer, and the table of the steps."""
 
-    def __init__(self, model: nn.Module, run: Run, state: dict[str, Any] | None, at_checkpoint: AtCheckpoint):
-        self.model, self.run, self.at_checkpoint, table = model, run, at_checkpoint, state["table"] if state else {}
+    def __init__(self, model: nn.Module, run: Run, state: dict[str, Any] | None, watch: Watch):
+        self.model, self.run, self.watch, table = model, run, watch, state["table"] if state else {}
         self.optimizer = torch.optim.Adam(model.parameters(), lr=run.lr, fused=run.device in ("cpu", "cuda"))
         self.step, self.names, self.rows = state["step"] if state else 0, table.get("names", []), table.get("rows", [])
-        self.tests: dict[int, dict[str, float]] = table.get("tests", {})  # what at_checkpoint found, by step
+        self.tests: dict[int, dict[str, float]] = table.get("tests", {})  # what watch found, by step
         self.since, self.sums = table.get("since", 0), torch.tensor(table.get("sums", 0.0))  # steps since the last row
         self.began = time.monotonic() - table.get("seconds", 0.0)
         self.compiled = bool(state and state.get("compiled"))  # whether the last steps were
@@ -171,7 +168,7 @@ class Training:
         self.save_table()
         due = self.step % self.run.iter_save == 0 or self.step == self.run.iter_max
         if self.step and due:
-            if found := self.at_checkpoint(self.step):
+            if found := self.watch(self.step):
                 if broken := [name for name, value in found.items() if not math.isfinite(value)]:
                     raise RunError(f"{' and '.join(broken)} of test images not finite at step {self.step}: {KEPT}")
                 self.tests[self.step] = found
@@ -181,10 +178,9 @@ class Training:
             write_table("test", self.run, [["step", *next(iter(self.tests.values()))], *rows])
         table = {"names": self.names, "rows": self.rows, "since": self.since, "sums": self.sums.tolist()}
         table |= {"seconds": time.monotonic() - self.began, "tests": self.tests}
-        state = {"step": self.step, "settings": self.run.settings(), "table": table, "random": random_state()}
-        state |= {"compiled": self.compiled}
+        state = {"step": self.step, "settings": self.run.settings(), "compiled": self.compiled, "table": table}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"]}
-        checkpoint.save_state(self.run.name, state)
+        checkpoint.save_state(self.run.name, state | {"random": random_state()})
 
 
 def write_table(name: str, run: Run, rows: list[list[Any]]) -> None:
@@ -205,22 +201,12 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def fit(
-    model: nn.Module,
-    batch: Batch,
-    n: int,
-    run: Run,
-    group: Processes,
-    state: dict[str, Any] | None,
-    at_checkpoint: AtCheckpoint,
-) -> None:
-    """Train the model to step --iter_max, from the stored state if there is one, and store checkpoints on the way.
+def fit(training: Training, batch: Batch, n: int, group: Processes) -> None:
+    """Train to step --iter_max and store checkpoints on the way. batch: see backward; n: the number of training images.
 
-    batch: see backward; n: the number of training images; at_checkpoint(step) is called at each checkpoint and returns
-    figures of images that are not trained on, for test.csv. Raises Stopped on SIGINT and SIGTERM, once the state is
-    saved, and RunError where a loss or a weight is not finite.
+    Raises Stopped on SIGINT and SIGTERM, once the state is saved, and RunError where a loss or a weight is not finite.
     """
-    training, stop, written = Training(model, run, state, at_checkpoint), 0, time.monotonic()
+    model, run, stop, written = training.model, training.run, 0, time.monotonic()
     if training.step < run.iter_max:
         add = choose_gradient(model, batch, run, group, training.compiled if training.step else None)
         training.compiled = add is not add_gradient
@@ -254,18 +240,15 @@ def fit(
             elif group.main and time.monotonic() > written + WRITE_EVERY:
                 training.save_table()
                 written = time.monotonic()
-    late = group.sum([], max(caught, default=0))  # a signal during the last step or save; and that is done by now
-    if stop := stop or late:
-        line = f"stopped at step {training.step}, state saved; the same command goes on from there"
-        raise Stopped(line, stop)
+    if stop := group.sum([], max(caught, default=0)):  # one that came during the last save too, which is done by now
+        raise Stopped(f"stopped at step {training.step}, state saved; the same command goes on from there", stop)
 
 
-def train_or_load(
-    model: nn.Module, batch: Batch, n: int, run: Run, group: Processes, at_checkpoint: AtCheckpoint = lambda step: {}
-) -> None:
+def train_or_load(model: nn.Module, batch: Batch, n: int, run: Run, group: Processes, watch: Watch) -> None:
     """Bring the model to step --iter_max: by training or going on (see fit), or from a checkpoint that is there.
 
-    Raises UsageError where what is stored contradicts the command line.
+    watch(step) is called at each checkpoint and returns figures of images that are not trained on, for test.csv. Raises
+    UsageError where what is stored contradicts the command line.
     """
     report.begin(run, model)
     weights, state = group.first(lambda: checkpoint.find(model, run))
@@ -277,5 +260,5 @@ def train_or_load(
     if state and state["step"]:
         print(f"going on from step {state['step']:,}")
     began = time.monotonic()
-    fit(model, batch, n, run, group, state, at_checkpoint)
+    fit(Training(model, run, state, watch), batch, n, group)
     print(f"trained to step {run.iter_max:,} in {timedelta(seconds=round(time.monotonic() - began))}")

@@ -47,10 +47,7 @@ def stored_steps(name: str) -> list[int]:
 
 
 def write(path: Path, content: bytes | str | dict[str, Any]) -> None:
-    """Write a file beside its place, flush it to disk and rename it: a reader sees the old file or the new one.
-
-    A dictionary is written as JSON.
-    """
+    """Write a file (a dictionary as JSON) beside its place, flush and rename it: old or new is there, and whole."""
     content = json.dumps(content, indent=1) + "\n" if isinstance(content, dict) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,14 +19,11 @@ def number(kind: type, low: int, high: int) -> Callable[[str], int | float]:
     """A check for numbers of a kind, int or float, from low to high."""
 
     def check(text: str) -> int | float:
-        try:
-            value = kind(text) if text.isascii() and not set(text) & set(" _+") else None
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"takes {what} from {low} to {high}, not {text[:40]!r}")
-        return value
+        with suppress(ValueError):
+            if text.isascii() and not set(text) & set(" _+") and low <= (value := kind(text)) <= high:
+                return value
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"takes {what} from {low} to {high}, not {text[:40]!r}")
 
     return check
 
@@ -34,13 +32,12 @@ def folder(text: str) -> str:
     """A check for a folder, or a name for a new one in a folder that is there; nothing is made yet."""
     path = Path(text)
     try:
-        there, is_folder, parent = path.exists(), path.is_dir(), os.path.isdir(path.parent)
+        fits = bool(text) and (path.is_dir() if path.exists() else path.parent.is_dir())
     except (OSError, ValueError):  # a name that is too long, or holds what a name cannot hold
-        there, is_folder, parent = False, False, False
-    if not text or not (there or parent):
-        raise argparse.ArgumentTypeError(f"takes a folder, and {text[:40]!r} neither exists nor can be made")
-    if there and not is_folder:
-        raise argparse.ArgumentTypeError(f"takes a folder, and {text} is a file")
+        fits = False
+    if not fits:
+        wrong = "is a file" if os.path.isfile(text) else "neither exists nor can be made"
+        raise argparse.ArgumentTypeError(f"takes a folder, and {text[:40]!r} {wrong}")
     return text
 
 
@@ -58,7 +55,7 @@ def flag(default: Any, check: Callable | list[str], text: str, *, weights: bool 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run of a script: what its flags say, with data set, device and seed settled. A script adds its own flags."""
+    """One run, with data set, device and seed settled. A script adds its flags and stem(), the start of its name."""
 
     model: ClassVar[str]
     real_data: ClassVar[str] = "mnist"
@@ -69,15 +66,13 @@ class Run:
     iter_save: int = flag(10_000, number(int, 1, 10**9), "steps between checkpoints")
     batch_size: int = flag(100, number(int, 1, 60_000), "images per step, over all processes together", weights=True)
     run: int = flag(0, number(int, 0, 999_999), "number of the run, part of its name")
-    seed: int | None = flag(None, number(int, 0, 2**31), "seed of everything random, or the run's number", weights=True)
+    seed: int | None = flag(None, number(int, 0, 2**31), "seed of all randomness; None: the run's number", weights=True)
     train: int = flag(1, SWITCH, "1 trains (or goes on, or evaluates what is finished), 0 loads and evaluates")
     overwrite: int = flag(0, SWITCH, "1 starts over and deletes what the run has stored")
     lr: float = flag(0.001, number(float, 1e-9, 10), "learning rate of Adam", weights=True)
     device: str = flag("auto", ["auto", "cpu", "cuda", "gpu", "mps"], "where to compute")
     compile: str = flag("auto", ["auto", "0", "1"], "1 compiles the training step; auto: where that pays")
-    data: str = flag(
-        "auto", str, "auto (the real data set, or else drawn digits), mnist or svhn, digits, or a .npz file"
-    )
+    data: str = flag("auto", str, "auto (the real data, or else drawn digits), mnist, svhn, digits, or a .npz file")
     data_dir: str = flag("data", folder, "folder of the data sets")
     check_data: int = flag(1, SWITCH, "0 accepts data files that are not the published ones")
 
@@ -102,10 +97,6 @@ class Run:
     def needs_files(self) -> bool:
         """Whether the real data set must be there; the course's 100 test images come with the package."""
         return bool(self.train) or self.real_data != "mnist" or self.test == "all"
-
-    def stem(self) -> str:
-        """The model, and what of its settings tells runs apart: the first part of the run's name."""
-        raise NotImplementedError
 
     @property
     def series(self) -> str:
@@ -142,11 +133,7 @@ class BinaryRun(Run):
     beta: float = flag(1.0, number(float, 0, 10**6), "weight of the KL term in the training loss", weights=True)
     train_iw: int = flag(1, number(int, 1, 1000), "samples m of the bound L_m that is trained on", weights=True)
     iw: tuple[int, ...] = flag((1, 10, 100, 1000), number(int, 1, 10**7), "samples m of --train 0's IWAE-m bounds")
-    test: str = flag(
-        "subset",
-        ["subset", "2018", "torch-0.4", "all"],
-        "test images of the bounds: the course's 100, by its present draw, its old one, or that of torch 0.4, or all",
-    )
+    test: str = flag("subset", ["subset", "2018", "torch-0.4", "all"], "test images: the course's 100, by draw, or all")
 
     def __post_init__(self):
         super().__post_init__()
@@ -168,31 +155,22 @@ def parse(kind: type[Run], description: str, argv: list[str] | None) -> dict[str
         parser.exit(2, f"{parser.prog}: error: {message} (see {parser.prog} --help)\n" if speak else None)
 
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.error = error
-    together = f"Several processes: torchrun --nproc_per_node=2 -- {parser.prog}"
-    parser.epilog = f"Files go to checkpoints/ and logs/ here. {together}"
+    parser.formatter_class, parser.error = argparse.ArgumentDefaultsHelpFormatter, error
+    parser.epilog = "Files go to checkpoints/ and logs/. Several processes: torchrun --nproc_per_node=2 -- %(prog)s"
     common = {item.name for item in fields(Run)}
     for item in sorted(fields(kind), key=lambda item: item.name in common):  # the script's own first
-        check, default, several = item.metadata["check"], item.default, isinstance(item.default, tuple)
-        names = {"data": "DATA", "data_dir": "DIR"}
-        words = {"type": check, "metavar": names.get(item.name, "N")}
-        if isinstance(check, list):
-            words = {"choices": check}
-        shown = f" (default: {' '.join(map(str, default)) if several else default})" if default is not None else ""
-        words |= {"nargs": "+"} if several else {}
-        parser.add_argument(f"--{item.name}", default=default, help=item.metadata["text"] + shown, **words)
-    text = "number of runs, from --run on, and a summary of them (default: 1)"
-    parser.add_argument("--runs", default=1, metavar="N", type=number(int, 1, 1_000), help=text)
+        check = item.metadata["check"]
+        words = {"choices": check} if isinstance(check, list) else {"type": check}
+        words |= {"nargs": "+"} if isinstance(item.default, tuple) else {}
+        parser.add_argument(f"--{item.name}", default=item.default, help=item.metadata["text"], **words)
+    text = "number of runs, from --run on, and a summary of them"
+    parser.add_argument("--runs", default=1, type=number(int, 1, 1_000), help=text)
     values = vars(parser.parse_args(argv))
-    try:
-        here = os.access(os.getcwd(), os.W_OK)
-    except OSError:  # it was removed
-        here = False
-    if not here:
-        parser.error("this folder cannot be written to: checkpoints/ and logs/ are made here; change to another")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    here = "this folder cannot be written to: checkpoints/ and logs/ are made here; change to another"
     try:
+        require(os.access(os.getcwd(), os.W_OK), here)
         kind(**{name: value for name, value in values.items() if name != "runs"})
-    except UsageError as contradiction:
-        parser.error(str(contradiction))
+    except (UsageError, FileNotFoundError) as wrong:
+        parser.error(str(wrong) if isinstance(wrong, UsageError) else here)  # where the folder was removed
     return values

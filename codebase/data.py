@@ -33,9 +33,6 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: str) -> "Images":
-        return Images(self.pixels.to(device), self.labels.to(device))
-
     def binary(self, index: Tensor) -> Tensor:
         """The images at index, binarised afresh, (batch, 784)."""
         return binarize(self.pixels.index_select(0, index))
@@ -118,7 +115,7 @@ def load(run: Run, split: str) -> Images:
         images = mnist(run.data_dir, split, run.check_data)
     else:
         images = course(split)
-    return images.to(run.device)
+    return Images(images.pixels.to(run.device), images.labels.to(run.device))
 
 
 def course(split: str) -> Images:

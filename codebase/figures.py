@@ -112,7 +112,7 @@ def curves(folder: Path) -> list[str]:
         return []
     values = {name: columns[name] for name in TITLES if name in columns and columns[name].any()}
     values = values or {"loss": np.zeros(0)}  # of a run that has just begun
-    if np.array_equal(values["loss"], values.get("nelbo")):
+    if "nelbo" in values and np.array_equal(values.get("loss"), values["nelbo"]):
         del values["nelbo"]
     tested = {("nelbo" if "nelbo" in values else "loss"): tests.get("nelbo"), "acc": tests.get("accuracy")}
     figure, axes = pyplot.subplots(1, len(values), figsize=(4 * len(values), 3.2), layout="constrained", squeeze=False)
@@ -134,7 +134,8 @@ def curves(folder: Path) -> list[str]:
 
 def _table(path: Path) -> dict[str, np.ndarray]:
     """The columns of a table by name, or none where it is not there."""
-    names, *rows = csv.reader(path.read_text().splitlines()) if path.exists() else [[]]
+    lines = path.read_text().splitlines() if path.exists() else []
+    names, *rows = [line for line in csv.reader(lines) if line] or [[]]
     return dict(zip(names, np.array(rows, float).reshape(len(rows), len(names)).T, strict=True))
 
 

@@ -220,7 +220,7 @@ def fit(training: Training, batch: Batch, n: int, group: Processes) -> None:
             training.optimizer.zero_grad()
             names, terms = backward(model, batch, next(batches), group, add)
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            stop = group.sum([*gradients, terms], max(caught, default=0))
+            stop = group.sum([*gradients, terms], next(iter(caught), 0))
             training.optimizer.step()
             training.add(names, terms)
             progress.update()
@@ -240,7 +240,7 @@ def fit(training: Training, batch: Batch, n: int, group: Processes) -> None:
             elif group.main and time.monotonic() > written + WRITE_EVERY:
                 training.save_table()
                 written = time.monotonic()
-    if stop := group.sum([], max(caught, default=0)):  # one that came during the last save too, which is done by now
+    if stop := group.sum([], next(iter(caught), 0)):  # one that came during the last save too, which is done by now
         raise Stopped(f"stopped at step {training.step}, state saved; the same command goes on from there", stop)
 
 

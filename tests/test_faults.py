@@ -226,6 +226,20 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(number, code, tmp_path, 
     assert torch.load(state_file(tmp_path))["step"] == stopped
 
 
+def test_the_first_of_two_signals_names_the_exit_code(script, monkeypatch):
+    step, save = torch.optim.Adam.step, checkpoint.save_state
+
+    def interrupted(number, call):
+        return lambda *args, **kwargs: (signal.raise_signal(number), call(*args, **kwargs))[1]
+
+    def stopping(*args, **kwargs):
+        monkeypatch.setattr(checkpoint, "save_state", interrupted(signal.SIGTERM, save))
+        return interrupted(signal.SIGINT, step)(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", stopping)
+    assert script("vae", "--iter_max", 9).returncode == 130
+
+
 LATE = {  # what is called after the last step's signals were looked at
     "the last step": (train.Training, "add"),
     "the last save": (checkpoint, "save_state"),

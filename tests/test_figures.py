@@ -337,6 +337,16 @@ def test_what_was_found_on_test_images_stands_beside_the_same_figure_of_the_trai
     assert low < min(next(iter(tested.values()))) and high > max(next(iter(tested.values())))  # none is cut off
 
 
+@pytest.mark.parametrize(
+    "text, shown", [("", None), ("step,loss\n100,9\n\n", {"loss"}), ("step,nelbo,seconds\n100,9,1\n", {"NELBO"})]
+)
+def test_a_table_that_someone_emptied_or_edited_does_not_stop_the_drawing(text, shown, axes, tmp_path):
+    (tmp_path / "metrics.csv").write_text(text)
+    (tmp_path / "test.csv").write_text("")
+    assert figures.curves(tmp_path) == (["curves.png"] if shown else [])
+    assert not shown or set(drawn_curves(axes)) == shown
+
+
 @pytest.mark.parametrize("broken", [float("inf"), float("nan")])
 def test_a_stored_figure_that_is_not_finite_does_not_stop_the_drawing(broken, axes, tmp_path):
     store_curves(tmp_path, LOSS, {"nelbo": [6.5, broken]})

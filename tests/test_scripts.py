@@ -825,6 +825,8 @@ def test_help_loads_neither_torch_nor_numpy_and_shows_every_flag_and_how_to_use_
     shown = " ".join(found.stdout.split())
     for field in fields(kind_of(model)):
         assert f"--{field.name} " in shown
+        values = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        assert values is None or f"(default: {values})" in shown  # as they can be typed
     assert "--runs " in shown and f"torchrun --nproc_per_node=2 -- run_{model}.py" in shown
     assert list(tmp_path.iterdir()) == []
 
@@ -914,6 +916,9 @@ BAD += [
 BAD += [
     ("fsvae", ["--data", "mnist"], "--data"),
     ("vae", ["--data_dir", "a_file"], "a file"),
+    ("vae", ["--data_dir", "a_file/"], "a file"),
+    ("vae", ["--data_dir", "/dev/null"], "a file"),
+    ("vae", ["--data_dir", "a\0b"], "--data_dir"),
     ("vae", ["--z"], "--z"),
     ("vae", ["--train", "2"], "--train"),
     ("vae", ["--train", "0", "--overwrite", "1"], "--overwrite"),

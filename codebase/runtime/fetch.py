@@ -63,13 +63,11 @@ def _no_checkpoint(run: Run) -> list[Run]:
     words = [word for word in sys.argv[1:] if not word.startswith("--train=")]
     while "--train" in words:
         del words[(at := words.index("--train")) : at + 2]
-    steps = ", ".join(map(str, stored_steps(run.name))) or "none"
-    train = shlex.join([Path(sys.argv[0]).name, *words])
-    path = model_path(run.name, run.iter_max)
-    how = f"to train one: {train}"
-    if stored_steps(run.name) and not state_path(run.name).exists():
+    steps, how = stored_steps(run.name), f"to train one: {shlex.join([Path(sys.argv[0]).name, *words])}"
+    if steps and not state_path(run.name).exists():
         how = "it has no state to go on from: give one of them, or train another --run"
-    raise Missing(f"there is no {path}; checkpoints of this run: {steps}; {how}")
+    known = ", ".join(map(str, steps)) or "none"
+    raise Missing(f"there is no {model_path(run.name, run.iter_max)}; checkpoints of this run: {known}; {how}")
 
 
 def download(run: Run) -> str | None:

@@ -31,13 +31,10 @@ def number(kind: type, low: int, high: int) -> Callable[[str], int | float]:
 def folder(text: str) -> str:
     """A check for a folder, or a name for a new one in a folder that is there; nothing is made yet."""
     path = Path(text)
-    try:
-        fits = bool(text) and (path.is_dir() if path.exists() else path.parent.is_dir())
-    except (OSError, ValueError):  # a name that is too long, or holds what a name cannot hold
-        fits = False
-    if not fits:
-        wrong = "is a file" if os.path.isfile(text) else "neither exists nor can be made"
-        raise argparse.ArgumentTypeError(f"takes a folder, and {text[:40]!r} {wrong}")
+    there, name = os.path.exists(path), os.fsencode(path.name)
+    if not text or not os.path.isdir(path if there else path.parent) or len(name) > 255 or b"\0" in name:
+        wrong = "is a file" if there else "neither exists nor can be made"
+        raise argparse.ArgumentTypeError(f"takes a folder, and {text[:200]!r} {wrong}")
     return text
 
 
@@ -66,7 +63,7 @@ class Run:
     iter_save: int = flag(10_000, number(int, 1, 10**9), "steps between checkpoints")
     batch_size: int = flag(100, number(int, 1, 60_000), "images per step, over all processes together", weights=True)
     run: int = flag(0, number(int, 0, 999_999), "number of the run, part of its name")
-    seed: int | None = flag(None, number(int, 0, 2**31), "seed of all randomness; None: the run's number", weights=True)
+    seed: int | None = flag(None, number(int, 0, 2**31), "seed of all randomness, or the run's number", weights=True)
     train: int = flag(1, SWITCH, "1 trains (or goes on, or evaluates what is finished), 0 loads and evaluates")
     overwrite: int = flag(0, SWITCH, "1 starts over and deletes what the run has stored")
     lr: float = flag(0.001, number(float, 1e-9, 10), "learning rate of Adam", weights=True)
@@ -133,7 +130,11 @@ class BinaryRun(Run):
     beta: float = flag(1.0, number(float, 0, 10**6), "weight of the KL term in the training loss", weights=True)
     train_iw: int = flag(1, number(int, 1, 1000), "samples m of the bound L_m that is trained on", weights=True)
     iw: tuple[int, ...] = flag((1, 10, 100, 1000), number(int, 1, 10**7), "samples m of --train 0's IWAE-m bounds")
-    test: str = flag("subset", ["subset", "2018", "torch-0.4", "all"], "test images: the course's 100, by draw, or all")
+    test: str = flag(
+        "subset",
+        ["subset", "2018", "torch-0.4", "all"],
+        "test images of the bounds: the course's 100, by its present draw, its old one, or that of torch 0.4, or all",
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -155,15 +156,17 @@ def parse(kind: type[Run], description: str, argv: list[str] | None) -> dict[str
         parser.exit(2, f"{parser.prog}: error: {message} (see {parser.prog} --help)\n" if speak else None)
 
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.formatter_class, parser.error = argparse.ArgumentDefaultsHelpFormatter, error
-    parser.epilog = "Files go to checkpoints/ and logs/. Several processes: torchrun --nproc_per_node=2 -- %(prog)s"
+    parser.error = error
+    parser.epilog = "Writes checkpoints/ and logs/ here. Several processes: torchrun --nproc_per_node=2 -- %(prog)s"
     common = {item.name for item in fields(Run)}
     for item in sorted(fields(kind), key=lambda item: item.name in common):  # the script's own first
-        check = item.metadata["check"]
+        check, several = item.metadata["check"], isinstance(item.default, tuple)
         words = {"choices": check} if isinstance(check, list) else {"type": check}
-        words |= {"nargs": "+"} if isinstance(item.default, tuple) else {}
-        parser.add_argument(f"--{item.name}", default=item.default, help=item.metadata["text"], **words)
-    text = "number of runs, from --run on, and a summary of them"
+        words |= {"nargs": "+"} if several else {}
+        shown = " ".join(map(str, item.default)) if several else item.default
+        text = item.metadata["text"] + (f" (default: {shown})" if shown is not None else "")
+        parser.add_argument(f"--{item.name}", default=item.default, help=text, **words)
+    text = "number of runs, from --run on, and a summary of them (default: 1)"
     parser.add_argument("--runs", default=1, type=number(int, 1, 1_000), help=text)
     values = vars(parser.parse_args(argv))
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -171,6 +174,6 @@ def parse(kind: type[Run], description: str, argv: list[str] | None) -> dict[str
     try:
         require(os.access(os.getcwd(), os.W_OK), here)
         kind(**{name: value for name, value in values.items() if name != "runs"})
-    except (UsageError, FileNotFoundError) as wrong:
+    except (UsageError, OSError) as wrong:
         parser.error(str(wrong) if isinstance(wrong, UsageError) else here)  # where the folder was removed
     return values

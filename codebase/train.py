@@ -33,12 +33,12 @@ Watch = Callable[[int], dict[str, float]]
 
 def order(n: int, batch_size: int, seed: int, start: int, device: str) -> Iterator[Tensor]:
     """Batches of positions from batch `start` on: shuffled passes over all n images, laid end to end."""
-    first, offset = divmod(start * batch_size, n)
+    first, done = divmod(start * batch_size, n)  # passes, and images of the one under way
     ahead = torch.empty(0, dtype=torch.int64, device=device)
     for epoch in count(first):
         generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + epoch) % 2**32)
         shuffled = torch.randperm(n, generator=generator).to(device)
-        ahead = torch.cat([ahead, shuffled[offset if epoch == first else 0 :]])
+        ahead, done = torch.cat([ahead, shuffled[done:]]), 0
         whole = len(ahead) // batch_size * batch_size
         yield from ahead[:whole].reshape(-1, batch_size)
         ahead = ahead[whole:]

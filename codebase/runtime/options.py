@@ -174,6 +174,8 @@ def parse(kind: type[Run], description: str, argv: list[str] | None) -> dict[str
     try:
         require(os.access(os.getcwd(), os.W_OK), here)
         kind(**{name: value for name, value in values.items() if name != "runs"})
-    except (UsageError, OSError) as wrong:
-        parser.error(str(wrong) if isinstance(wrong, UsageError) else here)  # where the folder was removed
+    except UsageError as contradiction:
+        parser.error(str(contradiction))
+    except OSError:  # the folder was removed
+        parser.error(here)
     return values

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -86,3 +87,17 @@ def keep_freed_memory() -> None:
     A freed block below 32 MB raises M_MMAP_THRESHOLD to its size, M_TRIM_THRESHOLD to twice that (mallopt(3)).
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
+@contextmanager
+def no_denormals() -> Iterator[None]:
+    """Inside, and in threads that start inside, what is closer to 0 than 1.2e-38 is 0: some CPUs trap on such numbers.
+
+    Adam's averages get there where a gradient has vanished: of pixels that are black, of labels that are learnt.
+    """
+    warnings.filterwarnings("ignore", "The value of the smallest subnormal")  # numpy's, before 2.4
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)

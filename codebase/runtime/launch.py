@@ -29,7 +29,7 @@ def launch(kind: type[Run], one_run: Callable[..., dict[str, float]], descriptio
         from codebase.runtime import device, processes, report  # only here: a bad command line is answered before torch
 
         device.keep_freed_memory()
-        with processes.join(values["device"]) as group:
+        with device.no_denormals(), processes.join(values["device"]) as group:
             for number in range(first, first + count):
                 seed = number if values["seed"] is None else values["seed"] + number - first
                 try:

@@ -141,6 +141,7 @@ def own(path: str, split: str, colour: bool, labelled: bool) -> Images:
         raise UsageError(f"argument --data: {path} {what}") from error
     require("x" in arrays, f"argument --data: {path} has no images x")
     held_out = "x_test" not in arrays
+    require(not held_out or "y_test" not in arrays, f"argument --data: {path} has y_test and no images x_test")
     ending = "_test" if split == "test" and not held_out else ""
     pixels = _own_pixels(f"argument --data: {path} should have x{ending}", arrays[f"x{ending}"], colour)
     levels = [part.max(initial=0) for part in (arrays["x"], arrays[f"x{ending}"]) if part.dtype.kind in "iu"]

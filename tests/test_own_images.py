@@ -306,6 +306,7 @@ WRONG = {  # script, content, words of the line
     "no labels for an SSVAE": ("ssvae", held("ssvae", y=None), "the labels, which this model needs"),
     "no labels for an FSVAE": ("fsvae", held("fsvae", y=None), "the labels, which this model needs"),
     "no test labels": ("ssvae", held("ssvae", x_test=X[:5]), "y_test, the labels, which this model needs"),
+    "test labels without images": ("vae", held("vae", y_test=labels(5)), "has y_test and no images x_test"),
     "label 10": ("ssvae", held("ssvae", y=labels(60) + 1), "labels 0 to 9, not"),
     "label 10 for a VAE": ("vae", held("vae", y=labels(60) + 1), "labels 0 to 9, not"),
     "label -1": ("ssvae", held("ssvae", y=labels(60) - 1), "labels 0 to 9, not"),

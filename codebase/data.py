@@ -129,7 +129,8 @@ def own(path: str, split: str, colour: bool, labelled: bool) -> Images:
     """A user's "train" or "test" images from a .npz file with x and, where they are there, y, x_test and y_test.
 
     x: (n, 28, 28), (n, 784) or, in colour, (n, 32, 32, 3), as whole numbers 0 to 255 or floats in [0, 1], which are
-    rounded to bytes; y: (n,), 0 to 9. Without x_test the last tenth of x is held out. Raises UsageError otherwise.
+    rounded to bytes; y: (n,), 0 to 9. Without x_test (and then y_test) the last tenth of x is held out. Raises
+    UsageError otherwise.
     """
     stored = io.BytesIO(content(path)[0])
     try:

@@ -203,6 +203,15 @@ def test_a_column_of_fewer_runs_says_of_how_many(reproduce, tmp_path, capsys):
     assert "| 93.80 ± 0.00 (2) | 3 of 10 |" in said and "| VAE KL | 19.25 ± 0.00 | 19.25 ± 0.00 (2) |  |" in said
 
 
+def test_times_of_two_kinds_of_cpu_are_not_averaged(reproduce):
+    runs = {0: ("A", 6.0), 1: ("A", 8.0), 2: ("B", 90.0)}
+    known = {
+        reproduce.VAE.name(seed): {"figures": FIGURES, "cpu": cpu, "time": {"ms": ms}}
+        for seed, (cpu, ms) in runs.items()
+    }
+    assert "| 7 ± 1 (2) |" in "\n".join(reproduce.table("train_iw", known))
+
+
 def test_pictures_come_from_the_runs_that_count(reproduce, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()

@@ -91,13 +91,15 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def no_denormals() -> Iterator[None]:
-    """Inside, and in threads that start inside, what is closer to 0 than 1.2e-38 is 0: some CPUs trap on such numbers.
+    """Inside, floats closer to 0 than 1.2e-38 are 0, for CPUs that trap on them; threads that start inside keep to it.
 
     Adam's averages get there where a gradient has vanished: of pixels that are black, of labels that are learnt.
     """
-    warnings.filterwarnings("ignore", "The value of the smallest subnormal")  # numpy's, before 2.4
+    before = bool(torch.tensor(1e-30) * 1e-10 == 0)
     torch.set_flush_denormal(True)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The value of the smallest subnormal")  # numpy's, before 2.4
+            yield
     finally:
-        torch.set_flush_denormal(False)
+        torch.set_flush_denormal(before)

@@ -315,6 +315,7 @@ def profile(kind, folder):
     print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
 
 
+@device.no_denormals()  # as the scripts compute
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="finish in three minutes")

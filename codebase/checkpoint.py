@@ -15,6 +15,9 @@ from codebase.runtime.options import Run
 
 RESTART = "choose another --run, or --overwrite 1 to start over"
 IGNORED_KEYS = {"x_v", "y_prior"}  # constants that some existing files carry
+OPTIONAL_KEYS = {"z_prior_m", "z_prior_v"}  # constants that some existing files lack
+NESTS = ("state_dict", "model_state_dict")  # keys under which other programs store weights
+WRAPPED = re.compile(r"(module\.|_orig_mod\.)+")  # what DataParallel and torch.compile put first
 FORMAT = 2  # of state files; a state of another format is refused
 STATE = {"step", "settings", "model", "table", "optimizer", "random"}
 LOGS = re.compile(
@@ -47,8 +50,14 @@ def read_weights(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
 
 
 def check_weights(path: Path, stored: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's keys of stored; raises UsageError unless it has them alone, with their shapes and finite values."""
+    """The model's keys of stored; constants of OPTIONAL_KEYS that it lacks are the model's own.
+
+    Raises UsageError unless it has the others, and them alone, with their shapes and finite values.
+    """
+    _refuse_wrapped(path, stored)
     expected = model.state_dict()
+    constants = {key: value for key, value in expected.items() if key in OPTIONAL_KEYS}
+    stored = constants | stored
     for key in (expected.keys() ^ stored.keys()) - IGNORED_KEYS:
         what = f"it has no {key}" if key in expected else f"it has {key}, which the model has not"
         raise UsageError(f"{path} is of another model than {model.name}: {what}")
@@ -57,6 +66,28 @@ def check_weights(path: Path, stored: dict[str, Any], model: nn.Module) -> dict[
         require(found == shape, f"{path}: {key} should be of shape {shape}, found {found}")
         require(bool(torch.isfinite(stored[key]).all()), f"{path}: {key} holds values that are not finite")
     return {key: stored[key] for key in expected}
+
+
+def _refuse_wrapped(path: Path, stored: dict[str, Any]) -> None:
+    """Raise UsageError, with the cure, where weights lie one level deeper or under longer names."""
+    for nest in NESTS:
+        if nest in stored:
+            found = f"{path} is no bare state_dict: its weights lie inside {nest!r}"
+            raise UsageError(f"{found}; {_conversion(path, f'stored[{nest!r}]')}")
+    for key in stored:
+        wrapper = WRAPPED.match(str(key))
+        if wrapper:
+            prefix = wrapper.group()
+            weights = f"{{key.removeprefix({prefix!r}): stored[key] for key in stored}}"
+            found = f"{path} has the weights of a wrapped model: its keys begin with {prefix!r}"
+            raise UsageError(f"{found}; {_conversion(path, weights)}")
+
+
+def _conversion(path: Path, weights: str) -> str:
+    """What converts the file, as Python; weights: an expression of what is stored in it now."""
+    load = f"stored = torch.load({str(path)!r}, weights_only=True)"
+    save = f"torch.save({weights}, {str(path)!r})"
+    return f"convert it once, in Python: import torch; {load}; {save}"
 
 
 def save_state(name: str, state: dict[str, Any]) -> None:

@@ -24,7 +24,8 @@ MEMORY = {"cpu": 2**27, "cuda": 2**30, "mps": 2**29}  # bytes that they may take
 
 def chunk_rows(model: BinaryVAE, device: torch.device) -> int:
     """How many samples of z go through the decoder and the prior at once: as memory, and a CPU's cache, allow."""
-    pairs = getattr(model, "k", 0) * (4 * model.z_dim if device.type == "mps" else 1)  # see log_normal_components
+    # See log_normal_pairwise for what differs on mps.
+    pairs = getattr(model, "k", 0) * (4 * model.z_dim if device.type == "mps" else 1)
     rows = MEMORY[device.type] // (4 * (4 * 784 + 6 * pairs))
     return max(1, min(rows, ROWS) if device.type == "cpu" else rows)
 
@@ -36,33 +37,44 @@ def bounds(
     seed: int = 0,
     group: Processes = ALONE,
     progress: bool = False,
-) -> dict[str, float]:
+    reduce: bool = True,
+) -> dict[str, float] | dict[str, Tensor]:
     """NELBO, KL, Rec and the IWAE-m bounds of a VAE or GMVAE on images x (n, 784) in [0, 1], in nats per image.
 
     NELBO, KL and Rec are averages over 100 samples of z per image; IWAE-m is an average over max(100 // m, 1) groups
     of m, ess_m their mean effective sample size (sum w)^2 / sum w^2. All share the same samples, drawn chunk by chunk,
     so that memory grows neither with m nor with n. Of several processes each takes its share of the chunks. progress:
-    whether a long evaluation shows how far it is. Raises ValueError where pixels are outside of [0, 1], where there are
-    no images, or where an m is below 1.
+    whether a long evaluation shows how far it is.
+    reduce: whether the figures are averaged over the images. Without it each is a tensor (n,), a
+    number per image: -niwae_1000 then estimates log p(x) of every image.
+    Raises ValueError where pixels are outside of [0, 1], where there are no images, or where an m
+    is below 1.
     """
     if not len(x) or min(ms, default=1) < 1:
         raise ValueError(f"bounds takes at least one image and m from 1 on, not {len(x)} images and m = {ms}")
     if not 0 <= x.min() <= x.max() <= 1:
         raise ValueError(f"bounds takes pixels in [0, 1], not from {x.min():g} to {x.max():g}")
-    pieces, figures = x.split(IMAGES), {}
+    pieces = x.split(IMAGES)
+    figures = []
     chunk = max(1, chunk_rows(model, x.device) // len(pieces[0]))
     starts = range(chunk * group.rank, max(SAMPLES, *ms, 1), chunk * group.size)
     with eval_mode(model), progress_bar(0, len(pieces) * len(starts), progress and group.main, "chunks") as bar:
         for number, piece in enumerate(pieces):
-            found = _bounds_of_piece(model, piece, ms, seed + 10**9 * number, group, starts, bar)
-            figures = {name: figures.get(name, 0) + value * (len(piece) / len(x)) for name, value in found.items()}
-    return figures
+            own_seed = seed + 10**9 * number
+            figures.append(_bounds_of_piece(model, piece, ms, own_seed, group, starts, bar))
+    of_each = {name: torch.cat([piece[name] for piece in figures]) for name in figures[0]}
+    if not reduce:
+        return of_each
+    return {name: value.mean().item() for name, value in of_each.items()}
 
 
 def _bounds_of_piece(
     model: BinaryVAE, x: Tensor, ms: tuple[int, ...], seed: int, group: Processes, starts: range, bar: tqdm
-) -> dict[str, float]:
-    """bounds of as many images as are evaluated at a time; starts: the first samples of this process's chunks."""
+) -> dict[str, Tensor]:
+    """bounds of each of the images that are evaluated at a time.
+
+    starts: the first samples of this process's chunks.
+    """
     chunk = starts.step // group.size
     terms = x.new_zeros(3, SAMPLES, len(x))  # log_w, kl and rec of the first samples
     large = sorted(m for m in ms if m > SAMPLES)
@@ -87,10 +99,10 @@ def _bounds_of_piece(
     log_w, kl, rec = terms
     logs = dict(zip(large, of_all.logsumexp(0), strict=True))
     logs |= {m: log_sums(log_w[: SAMPLES // m * m].unflatten(0, (-1, m)), 1) for m in ms if m <= SAMPLES}
-    figures = {"nelbo": (kl + rec).mean(), "kl": kl.mean(), "rec": rec.mean()}
-    figures |= {f"niwae_{m}": (math.log(m) - logs[m][0]).mean() for m in ms}
-    figures |= {f"ess_{m}": (2 * logs[m][0] - logs[m][1]).exp().mean() for m in ms}
-    return {name: value.item() for name, value in figures.items()}
+    figures = {"nelbo": kl + rec, "kl": kl, "rec": rec}  # (evaluations, n)
+    figures |= {f"niwae_{m}": math.log(m) - logs[m][0] for m in ms}
+    figures |= {f"ess_{m}": (2 * logs[m][0] - logs[m][1]).exp() for m in ms}
+    return {name: value.reshape(-1, len(x)).to(wide).mean(0) for name, value in figures.items()}
 
 
 def log_sums(log_w: Tensor, dim: int = 0) -> Tensor:
@@ -110,7 +122,7 @@ def latent_use(model: BinaryVAE, images: Images) -> dict[str, float]:
         found = {"active": (m.var(0, correction=0) > 0.01).sum().item()}
         if isinstance(model, GMVAE):
             pieces = m.split(min(ROWS, chunk_rows(model, m.device)))
-            best = [utils.log_normal_components(rows, *model.prior()).argmax(-1) for rows in pieces]
+            best = [model.log_components(rows).argmax(-1) for rows in pieces]
             found["components"] = torch.cat(best).unique().numel()
     return found
 

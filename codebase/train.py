@@ -244,6 +244,29 @@ def fit(training: Training, batch: Batch, n: int, group: Processes) -> None:
         raise Stopped(f"stopped at step {training.step}, state saved; the same command goes on from there", stop)
 
 
+def train(
+    model: nn.Module,
+    train_loader: Any,
+    labeled_subset: Any,
+    device: Any,
+    tqdm: Any,
+    writer: Any,
+    iter_max: float = math.inf,
+    iter_save: float = math.inf,
+    model_name: str = "model",
+    y_status: str = "none",
+    reinitialize: bool = False,
+) -> None:
+    """The course's training function, for scripts that import it and never call it.
+
+    Always raises NotImplementedError, which says what to call instead.
+    """
+    raise NotImplementedError(
+        "the course's train() is not part of this package: run run_vae.py, run_gmvae.py,"
+        " run_ssvae.py or run_fsvae.py, or write a loop around loss, terms = model.loss(x)"
+    )
+
+
 def train_or_load(model: nn.Module, batch: Batch, n: int, run: Run, group: Processes, watch: Watch) -> None:
     """Bring the model to step --iter_max: by training or going on (see fit), or from a checkpoint that is there.
 

@@ -14,7 +14,8 @@ class FSVAE(nns.LatentModel):
 
     x_var = 0.1
 
-    def __init__(self, name: str = "fsvae"):
+    def __init__(self, name: str = "fsvae", *, nn: str = "v1"):
+        """nn: the course's choice of networks, of which there is one; ignored."""
         super().__init__(name, z_dim=10)
         self.y_dim = 10
         self.enc = nns.Encoder(self.z_dim, self.y_dim, x_dim=3072, hidden=500)
@@ -25,7 +26,9 @@ class FSVAE(nns.LatentModel):
 
         Returns nelbo, kl_z, rec: scalars in nats, averaged over the batch, nelbo = kl_z + rec. rec carries the
         normalising constant 3072/2 log(2 pi / 10) and so may be negative.
+        Raises ValueError unless y are one-hot labels, (batch, 10).
         """
+        nns.check_labels(x, y)
         qm, qv = self.enc(x, y)
         z = utils.sample_gaussian(qm, qv)
         kl_z = utils.kl_normal(qm, qv, self.z_prior_m, self.z_prior_v)  # (batch,)

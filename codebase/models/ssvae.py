@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from codebase import utils
 from codebase.models import nns
@@ -16,12 +16,20 @@ class SSVAE(nns.LatentModel):
     Images x are (batch, 784) with values in {0, 1}, labels y one-hot (batch, 10).
     """
 
-    def __init__(self, gen_weight: float = 1, class_weight: float = 100, name: str = "ssvae"):
+    def __init__(
+        self,
+        gen_weight: float = 1,
+        class_weight: float = 100,
+        name: str = "ssvae",
+        *,
+        nn: str = "v1",
+    ):
+        """nn: the course's choice of networks, of which there is one; ignored."""
         super().__init__(name, z_dim=64)
         self.gen_weight, self.class_weight, self.y_dim = gen_weight, class_weight, 10
         self.enc = nns.Encoder(self.z_dim, self.y_dim)
         self.dec = nns.Decoder(self.z_dim, self.y_dim)
-        self.cls = nns.Network(784, 0, 300, self.y_dim, nn.ReLU)  # q(y | x): the logits of the label
+        self.cls = nns.Network(784, 0, 300, self.y_dim, torch.nn.ReLU)  # the logits of q(y | x)
 
     def negative_elbo_bound(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-ELBO(x) = KL(q(y|x) || p(y)) + E_q(y|x) [ KL(q(z|x,y) || p(z)) - E_q(z|x,y) log p(x | z, y) ].
@@ -30,6 +38,7 @@ class SSVAE(nns.LatentModel):
         rec: scalars in nats, averaged over the batch, nelbo = kl_z + kl_y + rec.
         Source: Kingma et al. 2014, equation 7, with q(y | x) as the handout has it.
         """
+        nns.check_pixels(x)
         log_q_y = F.log_softmax(self.cls(x), -1)
         q_y = log_q_y.exp()  # (batch, 10)
         kl_y = utils.kl_cat(q_y, log_q_y, torch.full_like(log_q_y, -math.log(self.y_dim)))  # (batch,)
@@ -44,14 +53,20 @@ class SSVAE(nns.LatentModel):
         return (kl_y + kl_z + rec).mean(), kl_z.mean(), kl_y.mean(), rec.mean()
 
     def classification_cross_entropy(self, x: Tensor, y: Tensor) -> Tensor:
-        """-log q(y | x) in nats, averaged over the batch."""
+        """-log q(y | x) in nats, averaged over the batch.
+
+        Raises ValueError unless y are one-hot labels, (batch, 10).
+        """
+        nns.check_labels(x, y)
         return F.cross_entropy(self.cls(x), y.argmax(-1))
 
     def loss(self, x: Tensor, xl: Tensor, yl: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """gen_weight * nelbo(x) + class_weight * cross-entropy on the labelled (xl, yl), and the terms by name.
 
         With gen_weight = 0 the bound is not computed and its terms read 0.
+        Raises ValueError unless yl are one-hot labels, (batch, 10).
         """
+        nns.check_labels(xl, yl)
         logits, labels = self.cls(xl), yl.argmax(-1)
         ce = F.cross_entropy(logits, labels)
         acc = (logits.argmax(-1) == labels).to(ce.dtype).mean()

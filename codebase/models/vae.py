@@ -17,7 +17,16 @@ class BinaryVAE(nns.LatentModel):
     (batch, 784) with values in {0, 1}; all bounds are scalars in nats, averaged over the batch.
     """
 
-    def __init__(self, z_dim: int = 10, name: str = "vae", beta: float = 1.0, train_iw: int = 1):
+    def __init__(
+        self,
+        z_dim: int = 10,
+        name: str = "vae",
+        beta: float = 1.0,
+        train_iw: int = 1,
+        *,
+        nn: str = "v1",
+    ):
+        """nn: the course's choice of networks, of which there is one; ignored."""
         super().__init__(name, z_dim)
         self.beta, self.train_iw = beta, train_iw
         self.enc = nns.Encoder(z_dim)
@@ -28,6 +37,7 @@ class BinaryVAE(nns.LatentModel):
 
         Returns nelbo, kl, rec, with nelbo = kl + rec whatever beta is. Source: Kingma & Welling 2014, equation 3.
         """
+        nns.check_pixels(x)
         qm, qv = self.enc(x)
         z = utils.sample_gaussian(qm, qv)
         kl = self.kl(qm, qv, z)  # (batch,)
@@ -54,6 +64,7 @@ class BinaryVAE(nns.LatentModel):
             samples = 0
         if samples < 1:
             raise ValueError(f"iw must be a whole number of samples, at least 1, not {iw!r}")
+        nns.check_pixels(x)
         qm, qv = self.enc(x)
         z = utils.sample_gaussian(qm.expand(samples, *qm.shape), qv)
         log_p_x, log_p_z, log_q_z = self.log_densities(x, qm, qv, z)

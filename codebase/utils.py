@@ -74,7 +74,7 @@ def log_normal_pairwise(z: Tensor, m: Tensor, v: Tensor) -> Tensor:
     The product is in float64. There the cancellation costs about (1e-8 t)^2 nats, t = |m|/sqrt(v),
     which is less than the 6e-8 t nats that the float32 rounding of z itself makes.
     """
-    dtype = torch.result_type(z, m)
+    dtype = torch.promote_types(z.dtype, m.dtype)
     if dtype == torch.float64 or z.device.type == "mps":  # nothing wider is there to compute in
         return log_normal(z.unsqueeze(-2), m, v)
     z = z.double()

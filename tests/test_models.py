@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from codebase.models.gmvae import GMVAE
 from codebase.models.ssvae import SSVAE
 from codebase.models.vae import VAE
 from codebase.runtime import report
+from codebase.runtime.files import UsageError
 from codebase.runtime.processes import Processes
 
 KINDS = {"vae": VAE, "gmvae": GMVAE, "ssvae": SSVAE, "fsvae": FSVAE}
@@ -409,6 +411,149 @@ def test_the_fsvae_bound_equals_the_one_of_torch_distributions():
     assert model.reconstruct(x, y, one_hot(6).flip(0)).shape == (6, 3072)
 
 
+@pytest.mark.parametrize("kind", ["vae", "gmvae"])
+def test_no_samples_are_an_empty_batch(kind):
+    model = made(kind)
+    assert model.sample_z(0).shape == (0, 10)
+    assert model.sample_x(0).shape == model.sample_sigmoid(0).shape == (0, 784)
+
+
+LABELLED = {
+    "ssvae cross-entropy": lambda y: made("ssvae").classification_cross_entropy(binary(10), y),
+    "ssvae loss": lambda y: made("ssvae").loss(binary(10), binary(10), y),
+    "ssvae loss gw=0": lambda y: made("ssvae", gen_weight=0).loss(binary(10), binary(10), y),
+    "fsvae bound": lambda y: made("fsvae").negative_elbo_bound(torch.rand(10, 3072), y),
+    "fsvae loss": lambda y: made("fsvae").loss(torch.rand(10, 3072), y),
+}
+
+
+@pytest.mark.parametrize("y", [torch.ones(10, 1), torch.ones(10, 11), torch.arange(10), torch.ones(10)])
+@pytest.mark.parametrize("call", LABELLED)
+def test_labels_that_are_not_one_hot_are_refused(call, y):
+    with pytest.raises(ValueError, match=r"y must be .*\(batch, 10\), not \(10") as caught:
+        LABELLED[call](y)
+    assert str(tuple(y.shape)) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_traced_whole_by_the_compiler(kind):
+    model, inputs = made(kind), batch(kind)
+    torch.compiler.reset()
+    traced = torch.compile(model.loss, fullgraph=True, backend="eager")
+    torch.manual_seed(1)
+    wanted = model.loss(*inputs)[0]
+    torch.manual_seed(1)
+    torch.testing.assert_close(traced(*inputs)[0], wanted)
+
+
+BOUNDS = {
+    "vae": lambda x: made("vae").negative_elbo_bound(x),
+    "vae iwae": lambda x: made("vae").negative_iwae_bound(x, 2),
+    "gmvae": lambda x: made("gmvae").negative_elbo_bound(x),
+    "gmvae iwae": lambda x: made("gmvae").negative_iwae_bound(x, 2),
+    "ssvae": lambda x: made("ssvae").negative_elbo_bound(x),
+    "loss": lambda x: made("vae").loss(x),
+    "torch.func.grad": lambda x: torch.func.grad(lambda x: made("vae").loss(x)[0])(x),
+}
+NORMALISED = [255 * binary(3), 2 * binary(3) - 1, (binary(3) - 0.13) / 0.31, binary(3) * math.nan]
+
+
+@pytest.mark.parametrize("x", NORMALISED)
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_pixels_outside_zero_to_one_are_warned_of(bound, x):
+    with pytest.warns(UserWarning, match=r"pixels outside \[0, 1\]"):
+        BOUNDS[bound](x)
+
+
+def per_image(model, x):
+    """The bound of every image alone, by torch.func.vmap."""
+    bound = torch.func.vmap(lambda row: model.negative_elbo_bound(row[None])[0], randomness="different")
+    return bound(x)
+
+
+def test_pixels_from_zero_to_one_bring_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x in (binary(3), binary(3) * 0.5):
+            for bound in BOUNDS.values():
+                bound(x)
+            assert per_image(made("vae"), x).shape == (3,)
+        made("fsvae").loss(3 * torch.randn(6, 3072), one_hot(6))  # its pixels are free
+
+
+def test_a_transformed_bound_takes_any_pixels():
+    assert per_image(made("vae"), 255 * binary(3)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_courses_choice_of_networks_is_ignored(kind):
+    assert same(made(kind, nn="v1").state_dict(), made(kind).state_dict())
+
+
+def test_networks_have_the_courses_names_of_calling():
+    vae, ssvae, fsvae, x = made("vae"), made("ssvae"), made("fsvae"), binary(6)
+    called = []
+    for network in (vae.enc, vae.dec, ssvae.enc, ssvae.dec, ssvae.cls, fsvae.enc, fsvae.dec):
+        network.register_forward_hook(lambda *_: called.append(1))
+    torch.testing.assert_close(vae.enc.encode(x), vae.enc(x))
+    torch.testing.assert_close(vae.dec.decode(torch.ones(6, 10)), vae.dec(torch.ones(6, 10)))
+    torch.testing.assert_close(ssvae.enc.encode(x, one_hot(6)), ssvae.enc(x, one_hot(6)))
+    torch.testing.assert_close(
+        ssvae.dec.decode(torch.ones(6, 64), y=one_hot(6)), ssvae.dec(torch.ones(6, 64), one_hot(6))
+    )
+    torch.testing.assert_close(ssvae.cls.classify(x), ssvae.cls(x))
+    assert len(called) == 10
+
+
+@pytest.mark.parametrize("kind", ["vae", "ssvae", "fsvae"])
+@pytest.mark.parametrize("missing", [("z_prior_m", "z_prior_v"), ("z_prior_v",)])
+def test_constants_that_a_file_lacks_stay_the_models(kind, missing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stored, model = made(kind, seed=1), made(kind, seed=2)
+    model.z_prior_v.fill_(3)
+    path = checkpoint.save_model_by_name(stored, 7)
+    torch.save({key: value for key, value in torch.load(path).items() if key not in missing}, path)
+    checkpoint.load_model_by_name(model, 7)
+    assert model.z_prior_v.item() == 3
+    model.z_prior_v.fill_(1)
+    assert same(model.state_dict(), stored.state_dict())
+
+
+@pytest.mark.parametrize("kind, key", [("vae", "enc.net.0.bias"), ("gmvae", "z_pre"), ("gmvae", "pi")])
+def test_other_keys_that_a_file_lacks_are_refused(kind, key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = made(kind)
+    path = checkpoint.save_model_by_name(model, 7)
+    torch.save({name: value for name, value in torch.load(path).items() if name != key}, path)
+    with pytest.raises(UsageError, match=f"has no {key}"):
+        checkpoint.load_model_by_name(model, 7)
+
+
+WRAPPERS = {
+    "'module.'": lambda state: {f"module.{key}": value for key, value in state.items()},
+    "'_orig_mod.'": lambda state: {f"_orig_mod.{key}": value for key, value in state.items()},
+    "'module._orig_mod.'": lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
+    "'state_dict'": lambda state: {"epoch": 3, "state_dict": state},
+    "'model_state_dict'": lambda state: {"model_state_dict": state, "loss": 1.5},
+}
+
+
+@pytest.mark.parametrize("found", WRAPPERS)
+def test_wrapped_weights_are_refused_with_their_conversion(found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stored, model = made("vae", seed=1), made("vae", seed=2)
+    path = checkpoint.save_model_by_name(stored, 7)
+    torch.save(WRAPPERS[found](torch.load(path)), path)
+    with pytest.raises(UsageError) as caught:
+        checkpoint.load_model_by_name(model, 7)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message and found in message
+    assert same(model.state_dict(), made("vae", seed=2).state_dict())
+    exec(message.partition("in Python: ")[2], {})  # what it says to do helps
+    checkpoint.load_model_by_name(model, 7)
+    assert same(model.state_dict(), stored.state_dict())
+
+
 @pytest.mark.parametrize("kind, constant", [("fsvae", "x_v"), ("ssvae", "y_prior")])
 def test_constants_of_older_files_are_ignored(kind, constant, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -552,6 +697,38 @@ def test_the_memory_of_an_evaluation_does_not_grow_with_the_number_of_images(kin
 def test_bounds_of_pixels_outside_zero_to_one_are_refused_with_the_range(x):
     with pytest.raises(ValueError, match=r"pixels in \[0, 1\], not from (nan|-?[\d.]+) to (nan|[\d.]+)"):
         evaluate.bounds(made("vae"), x, ())
+
+
+@BINARY
+@pytest.mark.parametrize("count", [5, 230])
+def test_bounds_can_be_had_of_every_image(kind, settings, count):
+    model, x, ms = spread_out(made(kind, **settings)), binary(count), (1, 10, 130)
+    mean, of_each = evaluate.bounds(model, x, ms), evaluate.bounds(model, x, ms, reduce=False)
+    assert of_each.keys() == mean.keys()
+    for name, values in of_each.items():
+        assert values.shape == (count,)
+        assert values.mean().item() == pytest.approx(mean[name], rel=1e-5)
+
+
+def test_bounds_of_every_image_are_in_the_images_order():
+    model, x = made("vae"), binary(230)
+    with torch.no_grad():
+        qm, qv = model.enc(x)
+    found = evaluate.bounds(model, x, (), reduce=False)["kl"]
+    wanted = utils.kl_normal(qm, qv, model.z_prior_m, model.z_prior_v)
+    torch.testing.assert_close(found.float(), wanted)
+
+
+def test_estimates_of_every_image_tend_to_its_log_likelihood():
+    model, x = spread_out(made("vae", z_dim=1)), binary(4)
+    with torch.no_grad():
+        z = torch.linspace(-12, 12, 12_001)[:, None]
+        logits = model.dec(z)
+        log_joint = torch.stack([utils.log_bernoulli_with_logits(row, logits) + model.log_prior(z) for row in x])
+        exact = log_joint.logsumexp(1) + math.log(24 / 12_000)
+    found = -evaluate.bounds(model, x, (20_000,), reduce=False)["niwae_20000"]
+    assert found.tolist() == pytest.approx(exact.tolist(), abs=0.1)
+    assert exact.max() - exact.min() > 1
 
 
 def test_bounds_of_grey_pixels_are_taken():

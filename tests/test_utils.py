@@ -1,11 +1,13 @@
 """codebase.utils against published values, torch.distributions and the limits of its arguments."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.distributions as td
-from conftest import Largest
+from conftest import ROOT, Largest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -123,11 +125,21 @@ def test_densities_agree_with_torch_distributions_in_value_and_gradient(case, dt
             torch.testing.assert_close(gradient.double() / scale, wanted / scale, rtol=rtol, atol=atol)
 
 
-def test_log_bernoulli_keeps_its_relative_accuracy_where_every_pixel_is_nearly_certain():
+def test_log_bernoulli_of_certain_pixels_is_within_rounding():
     logits = torch.tensor([[12.0, -15.0, 20.0, -25.0]])
     x = (logits > 0).float()
     exact = -torch.log1p(torch.exp(-logits.double().abs())).sum(-1)
-    torch.testing.assert_close(utils.log_bernoulli_with_logits(x, logits).double(), exact, rtol=1e-5, atol=0)
+    value = utils.log_bernoulli_with_logits(x, logits)
+    torch.testing.assert_close(value.double(), exact, rtol=0, atol=2e-6)
+
+
+def test_log_bernoulli_has_second_derivatives_at_zero_logits():
+    def of_ones(logits):
+        return utils.log_bernoulli_with_logits(torch.ones(3), logits)
+
+    wanted = -0.25 * torch.eye(3)
+    torch.testing.assert_close(torch.func.hessian(of_ones)(torch.zeros(3)), wanted)
+    torch.testing.assert_close(torch.autograd.functional.hessian(of_ones, torch.zeros(3)), wanted)
 
 
 def test_the_gradient_of_log_bernoulli_at_logits_of_exactly_zero_is_x_less_a_half():
@@ -174,19 +186,60 @@ def test_gradients_agree_with_finite_differences():
     assert torch.autograd.gradgradcheck(utils.log_bernoulli_with_logits, arguments)
 
 
-def test_a_shared_mixture_stays_accurate_when_variances_are_tiny():
+def mixture_of_pairs(z, m, v):
+    """log_normal_mixture of shared components (1, mix, dim), by way of the pairwise function."""
+    return utils.log_mean_exp(utils.log_normal_pairwise(z, m[0], v[0]), -1)
+
+
+@pytest.mark.parametrize("mixture", [utils.log_normal_mixture, mixture_of_pairs])
+def test_a_shared_mixture_stays_accurate_when_variances_are_tiny(mixture):
     torch.manual_seed(0)
     m, v = 10 * torch.rand(1, 50, 10), torch.full((1, 50, 10), 1e-8)
     z = m[0, :20] + 1e-4 * torch.randn(20, 10)
     exact = mixture_reference(z.double(), m.double(), v.double())
-    torch.testing.assert_close(utils.log_normal_mixture(z, m, v).double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixture(z, m, v).double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_a_shared_mixture_makes_no_tensor_of_all_pairs_and_dimensions():
-    z, m = torch.randn(100, 10, requires_grad=True), torch.randn(1, 500, 10, requires_grad=True)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_pairwise_densities_and_gradients_are_those_of_torch(dtype, tolerance):
+    for seed in range(10):
+        torch.manual_seed(seed)
+        z = random(3, 7, 5, low=-10, high=10, dtype=dtype).requires_grad_()
+        m = random(9, 5, low=-10, high=10, dtype=dtype).requires_grad_()
+        v = variances(9, 5, dtype=dtype).requires_grad_()
+        value = utils.log_normal_pairwise(z, m, v)
+        wide = [argument.double() for argument in (z, m, v)]
+        expected = td.Normal(wide[1], wide[2].sqrt()).log_prob(wide[0].unsqueeze(-2)).sum(-1)
+        assert value.shape == (3, 7, 9) and value.dtype == dtype
+        close = {"rtol": tolerance, "atol": tolerance}
+        torch.testing.assert_close(value.double(), expected, **close)
+        gradients = torch.autograd.grad(value.sum(), (z, m, v))
+        for gradient, wanted in zip(gradients, torch.autograd.grad(expected.sum(), (z, m, v)), strict=True):
+            scale = wanted.abs().amax().clamp(min=1)
+            torch.testing.assert_close(gradient / scale, wanted / scale, **close)
+
+
+def test_pairwise_densities_make_no_tensor_of_all_dimensions():
+    z, m = torch.randn(100, 10, requires_grad=True), torch.randn(500, 10, requires_grad=True)
     with Largest() as largest:
-        utils.log_normal_mixture(z, m, torch.rand(1, 500, 10) + 0.1).sum().backward()
+        utils.log_normal_pairwise(z, m, torch.rand(500, 10) + 0.1).sum().backward()
     assert largest.elements <= 100 * 500
+
+
+@pytest.mark.parametrize("mixture", [utils.log_normal_mixture, mixture_of_pairs])
+def test_whole_numbers_are_not_truncated_by_a_mixture(mixture):
+    torch.manual_seed(0)
+    z, m, v = torch.tensor([[1, 2], [-3, 0]]), torch.randn(1, 4, 2), torch.rand(1, 4, 2) + 0.1
+    torch.testing.assert_close(mixture(z, m, v), mixture(z.float(), m, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 4, 3), (4, 3)])
+def test_a_mixture_of_one_point_is_a_number(shape, dtype):
+    z, m, v = torch.randn(3, dtype=dtype), torch.randn(shape, dtype=dtype), torch.rand(shape, dtype=dtype) + 0.1
+    value = utils.log_normal_mixture(z, m, v)
+    assert value.shape == ()
+    torch.testing.assert_close(value, utils.log_normal_mixture(z[None], m, v)[0])
 
 
 @pytest.mark.parametrize(
@@ -262,35 +315,102 @@ def test_results_keep_the_dtype(dtype):
     [
         (
             lambda: utils.log_normal(torch.zeros(3, 4), torch.zeros(3, 5), torch.ones(3, 5)),
-            ["x of shape (3, 4)", "m of shape (3, 5)"],
+            ["4", "5"],
         ),
         (
             lambda: utils.kl_normal(torch.zeros(2), torch.ones(3), torch.zeros(1), torch.ones(1)),
-            ["qm of shape (2,)", "qv of shape (3,)"],
+            ["2", "3"],
         ),
         (
             lambda: utils.log_normal_mixture(torch.zeros(3, 4), torch.zeros(1, 2, 5), torch.ones(1, 2, 5)),
-            ["z of shape (3, 4)", "(1, 2, 5)"],
+            ["4", "5"],
+        ),
+        (
+            lambda: utils.log_normal_pairwise(torch.zeros(3, 4), torch.zeros(2, 5), torch.ones(2, 5)),
+            ["3x8", "10x2"],
         ),
         (
             lambda: utils.log_bernoulli_with_logits(torch.zeros(3, 4), torch.zeros(3, 5)),
-            ["x of shape (3, 4)", "logits of shape"],
+            ["4", "5"],
         ),
-        (lambda: utils.kl_cat(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 4)), ["q of shape (2, 3)"]),
-        (lambda: utils.gaussian_parameters(torch.zeros(2, 5)), ["even", "h of shape (2, 5)"]),
-        (lambda: utils.sample_gaussian(torch.zeros(2), torch.ones(3)), ["m of shape (2,)", "v of shape (3,)"]),
-        (lambda: utils.log_mean_exp(torch.zeros(2), 3), ["x of shape (2,)", "dim = 3"]),
-        (lambda: utils.duplicate(torch.zeros(2), -1), ["rep = -1"]),
-        (lambda: utils.log_normal("x", torch.zeros(2), torch.ones(2)), ["x = 'x'"]),
-        (lambda: utils.sample_gaussian([1.0], None), ["m = [1.0]", "v = None"]),
+        (lambda: utils.kl_cat(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 4)), ["3", "4"]),
+        (lambda: utils.gaussian_parameters(torch.zeros(2, 5)), ["even", "dim -1", "5"]),
+        (lambda: utils.sample_gaussian(torch.zeros(2), torch.ones(3)), ["2", "3"]),
+        (lambda: utils.log_mean_exp(torch.zeros(2), 3), ["3"]),
+        (lambda: utils.duplicate(torch.zeros(2), -1), ["-1"]),
+        (lambda: utils.log_normal("x", torch.zeros(2), torch.ones(2)), []),
+        (lambda: utils.sample_gaussian([1.0], None), []),
         (lambda: utils.log_normal(torch.zeros(2), torch.zeros(2)), ["'v'"]),
     ],
 )
-def test_wrong_arguments_are_named_with_their_shapes(call, words):
-    with pytest.raises((TypeError, ValueError)) as caught:
+def test_wrong_arguments_raise_an_error_with_both_sizes(call, words):
+    with pytest.raises((TypeError, ValueError, RuntimeError, IndexError)) as caught:
         call()
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("m, v", [((1, 3), (4, 3)), ((3,), (4, 3)), ((4, 3), (3,)), ((4, 1), (1, 3))])
+def test_every_entry_of_a_sample_has_its_own_noise(m, v):
+    assert len(utils.sample_gaussian(torch.zeros(m), torch.ones(v)).unique()) == 12
+
+
+@pytest.mark.parametrize("v", [(4, 3), (3,), (1,), ()])
+def test_samples_take_one_draw_shaped_like_the_mean(v):
+    m, v = torch.randn(4, 3), torch.rand(v)
+    torch.manual_seed(3)
+    wanted = m + v.sqrt() * torch.randn_like(m)
+    following = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(utils.sample_gaussian(m, v), wanted)
+    assert torch.equal(torch.rand(1), following)
+
+
+def nearly_uniform(dtype):
+    """Distributions that differ from the uniform one by rounding and a little more."""
+    torch.manual_seed(0)
+    scales = torch.logspace(-9, -3, 500, dtype=dtype)[:, None]
+    return (scales * torch.randn(500, 10, dtype=dtype)).log_softmax(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kl_cat_of_distributions_is_never_negative(dtype):
+    log_q = nearly_uniform(dtype)
+    log_p = torch.full_like(log_q, -math.log(10))
+    plain = (log_q.exp() * (log_q - log_p)).sum(-1)
+    assert plain.min() < 0 <= utils.kl_cat(log_q.exp(), log_q, log_p).min()
+
+
+def test_kl_cat_keeps_its_derivatives_where_it_is_zero():
+    def kl(logits):
+        return utils.kl_cat(logits.softmax(-1), logits.log_softmax(-1), log_p)
+
+    log_p = torch.full((10,), -math.log(10))
+    for logits in torch.randn(20, 10, generator=torch.Generator().manual_seed(0)) * 1e-4:
+        q = logits.double().softmax(-1)
+        t = q.log() + math.log(10)
+        exact = q * (t - (q * t).sum())
+        gradient = torch.func.grad(kl)(logits)
+        torch.testing.assert_close(gradient.double(), exact, rtol=0, atol=3e-8)
+        assert gradient.any()
+    uniform_hessian = torch.eye(10) / 10 - 1 / 100
+    torch.testing.assert_close(torch.func.hessian(kl)(torch.zeros(10)), uniform_hessian)
+
+
+def test_kl_cat_of_no_distributions_is_the_plain_sum():
+    q, p = torch.tensor([[0.1, 0.2]]), torch.tensor([[0.5, 0.5]])
+    torch.testing.assert_close(utils.kl_cat(q, q.log(), p.log()), (q * (q / p).log()).sum(-1))
+
+
+def test_importing_utils_loads_neither_files_nor_models():
+    program = "import sys; from codebase import utils; print(*sorted(n for n in sys.modules if 'codebase' in n))"
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert found.stdout.split() == ["codebase", "codebase.utils"], found.stderr
+
+
+def test_unknown_names_of_utils_are_attribute_errors():
+    with pytest.raises(AttributeError, match=r"codebase\.utils.*no_such_name"):
+        _ = utils.no_such_name
 
 
 shapes = st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple)

@@ -49,7 +49,10 @@ class SSVAE(nns.LatentModel):
         kl_z_given_y = utils.kl_normal(qm, qv, self.z_prior_m, self.z_prior_v)  # (10, batch)
         log_p_x = utils.log_bernoulli_with_logits(x, self.dec(z, y))  # (10, batch)
 
-        kl_z, rec = (q_y.T * kl_z_given_y).sum(0), -(q_y.T * log_p_x).sum(0)  # (batch,)
+        # Contiguous, because the gradients of all pixels take their layout in memory from it.
+        weights = q_y.T.contiguous()  # (10, batch)
+        kl_z = (weights * kl_z_given_y).sum(0)  # (batch,)
+        rec = -(weights * log_p_x).sum(0)  # (batch,)
         return (kl_y + kl_z + rec).mean(), kl_z.mean(), kl_y.mean(), rec.mean()
 
     def classification_cross_entropy(self, x: Tensor, y: Tensor) -> Tensor:

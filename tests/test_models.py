@@ -427,7 +427,10 @@ LABELLED = {
 }
 
 
-@pytest.mark.parametrize("y", [torch.ones(10, 1), torch.ones(10, 11), torch.arange(10), torch.ones(10)])
+WRONG_LABELS = [torch.ones(10, 1), torch.ones(10, 11), torch.arange(10), torch.ones(10)]
+
+
+@pytest.mark.parametrize("y", WRONG_LABELS)
 @pytest.mark.parametrize("call", LABELLED)
 def test_labels_that_are_not_one_hot_are_refused(call, y):
     with pytest.raises(ValueError, match=r"y must be .*\(batch, 10\), not \(10") as caught:
@@ -467,8 +470,11 @@ def test_pixels_outside_zero_to_one_are_warned_of(bound, x):
 
 def per_image(model, x):
     """The bound of every image alone, by torch.func.vmap."""
-    bound = torch.func.vmap(lambda row: model.negative_elbo_bound(row[None])[0], randomness="different")
-    return bound(x)
+
+    def bound(row):
+        return model.negative_elbo_bound(row[None])[0]
+
+    return torch.func.vmap(bound, randomness="different")(x)
 
 
 def test_pixels_from_zero_to_one_bring_no_warning():
@@ -519,7 +525,10 @@ def test_constants_that_a_file_lacks_stay_the_models(kind, missing, tmp_path, mo
     assert same(model.state_dict(), stored.state_dict())
 
 
-@pytest.mark.parametrize("kind, key", [("vae", "enc.net.0.bias"), ("gmvae", "z_pre"), ("gmvae", "pi")])
+LACKING = [("vae", "enc.net.0.bias"), ("gmvae", "z_pre"), ("gmvae", "pi")]
+
+
+@pytest.mark.parametrize("kind, key", LACKING)
 def test_other_keys_that_a_file_lacks_are_refused(kind, key, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = made(kind)
@@ -529,10 +538,14 @@ def test_other_keys_that_a_file_lacks_are_refused(kind, key, tmp_path, monkeypat
         checkpoint.load_model_by_name(model, 7)
 
 
+def prefixed(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
 WRAPPERS = {
-    "'module.'": lambda state: {f"module.{key}": value for key, value in state.items()},
-    "'_orig_mod.'": lambda state: {f"_orig_mod.{key}": value for key, value in state.items()},
-    "'module._orig_mod.'": lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
+    "'module.'": lambda state: prefixed("module.", state),
+    "'_orig_mod.'": lambda state: prefixed("_orig_mod.", state),
+    "'module._orig_mod.'": lambda state: prefixed("module._orig_mod.", state),
     "'state_dict'": lambda state: {"epoch": 3, "state_dict": state},
     "'model_state_dict'": lambda state: {"model_state_dict": state, "loss": 1.5},
 }
@@ -724,7 +737,8 @@ def test_estimates_of_every_image_tend_to_its_log_likelihood():
     with torch.no_grad():
         z = torch.linspace(-12, 12, 12_001)[:, None]
         logits = model.dec(z)
-        log_joint = torch.stack([utils.log_bernoulli_with_logits(row, logits) + model.log_prior(z) for row in x])
+        log_p_x = torch.stack([utils.log_bernoulli_with_logits(row, logits) for row in x])
+        log_joint = log_p_x + model.log_prior(z)
         exact = log_joint.logsumexp(1) + math.log(24 / 12_000)
     found = -evaluate.bounds(model, x, (20_000,), reduce=False)["niwae_20000"]
     assert found.tolist() == pytest.approx(exact.tolist(), abs=0.1)

@@ -1,4 +1,4 @@
-"""The pages' commands and Python examples run as a user types them, and their flags are the scripts' own."""
+"""The pages' commands and examples run as a user types them; their flags are the scripts' own."""
 
 import argparse
 import importlib
@@ -22,40 +22,45 @@ from PIL import Image
 
 from codebase.runtime import options
 
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/usage.md", "docs/writeup.md")}
+PATHS = ("README.md", "docs/usage.md", "docs/writeup.md")
+PAGES = {name: (ROOT / name).read_text() for name in PATHS}
 README = PAGES["README.md"]
 KINDS = {model: importlib.import_module(f"run_{model}").Run for model in NAMES}
 FLAGS = {model: {field.name for field in fields(kind)} | {"runs"} for model, kind in KINDS.items()}
 TABLE = re.findall(r"^\| `--(\w+)` \| (.*?) \|", README, flags=re.M)  # flag and default
 
-# Blocks by page, in the order of the page, each with the line that it begins on.
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.S | re.M)
-BLOCKS = [
-    pytest.param(language, code, id=f"{page}:{text[: match.start()].count(chr(10)) + 1}")
-    for page, text in PAGES.items()
-    for match in FENCE.finditer(text)
-    for language, code in [match.groups()]
-]
-EXAMPLES = [pytest.param(case.values[1], id=case.id) for case in BLOCKS if case.values[0] == "python"]
 SLOW = ("run_vae.main", "range(40)")  # a training, and forty evaluations of two models
 
 
-def shell_scripts(page: str) -> list[str]:
-    """What a page has to paste into a shell: its blocks, its lines after `$ `, and `python ...` in its text."""
+def pasted(page: str) -> list[tuple[str, str]]:
+    """What a reader may paste from a page: pairs of "bash" or "python" and the code.
+
+    First its blocks in order, then what stands after `$ ` where it shows a terminal, then each
+    `python ...` in its text.
+    """
     text = PAGES[page]
-    scripts = [code for language, code in FENCE.findall(text) if language in ("bash", "sh")]
-    for language, code in FENCE.findall(text):
+    blocks = FENCE.findall(text)
+    found = [(language, code) for language, code in blocks if language in ("bash", "python")]
+    for language, code in blocks:
         if not language:
-            scripts += re.findall(r"^\$ (.*)", code, flags=re.M)
-    scripts += re.findall(r"`!?((?:nohup |torchrun |python3? )[^`\n]+)`", FENCE.sub("", text))
-    return scripts
+            found += [("bash", line) for line in re.findall(r"^\$ (.*)", code, flags=re.M)]
+    lines = re.findall(r"`!?((?:nohup |torchrun |python3? )[^`\n]+)`", FENCE.sub("", text))
+    return found + [("bash", line) for line in lines]
 
 
-COMMANDS = [pytest.param(script, id=f"{page}-{script[:60]}") for page in PAGES for script in shell_scripts(page)]
+def cases(language: str) -> list:
+    return [
+        pytest.param(code, id=f"{page}, {number}")
+        for page in PAGES
+        for number, (kind, code) in enumerate(pasted(page), 1)
+        if kind == language
+    ]
 
-# Stands in for python, python3, torchrun and pip, first on PATH: it notes the words that it was given. `python -m venv
-# FOLDER` makes a folder of such stand-ins. With $FEW_STEPS it then runs a script, with a few steps on a few images, or
-# as it stands where it only loads the shipped weights.
+
+# Stands in for python, python3, torchrun and pip, first on PATH, and notes the words that it was
+# given. `python -m venv FOLDER` makes a folder of such stand-ins. With $FEW_STEPS it then runs a
+# script, with a few steps on a few images, or as it stands where it loads the shipped weights.
 STAND_IN = """#!/bin/bash
 line=$(printf '%q ' "$(basename "$0")" "$@")
 echo "$line" >> "$NOTED"
@@ -77,13 +82,11 @@ TMUX = '#!/bin/bash\nexec bash -c "${@: -1}"\n'  # the command of a new session,
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch) -> Path:
-    """A clone's root as the current folder: what comes with the package, and the files that the pages speak of."""
+    """The root of a fresh clone as the current folder, with the shipped weights."""
     for path in [*ROOT.glob("run_*.py"), ROOT / "codebase", ROOT / "docs", ROOT / "tests"]:
         (tmp_path / path.name).symlink_to(path)
-    for path in ROOT.glob("**/requirements.txt"):
-        if path.parent == ROOT:
-            (tmp_path / path.name).symlink_to(path)
-    for name in re.findall(r"^!(model=.*\.pt)$", (ROOT / "checkpoints" / ".gitignore").read_text(), flags=re.M):
+    shipped = (ROOT / "checkpoints" / ".gitignore").read_text()
+    for name in re.findall(r"^!(model=.*\.pt)$", shipped, flags=re.M):
         place = tmp_path / "checkpoints" / name
         place.parent.mkdir(parents=True)
         shutil.copy(ROOT / "checkpoints" / name, place)
@@ -93,7 +96,7 @@ def clone(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def users_files(clone) -> None:
-    """Pictures of a user's, and FashionMNIST's four files with few images, so that nothing is downloaded."""
+    """A user's pictures, and FashionMNIST's files with few images: nothing is downloaded then."""
     (clone / "pictures").mkdir()
     random = np.random.RandomState(0)
     for number in range(20):
@@ -105,13 +108,14 @@ def users_files(clone) -> None:
         pixels = random.randint(0, 256, (30, 28, 28)).astype(np.uint8)
         labels = (np.arange(30) % 10).astype(np.uint8)
         images = struct.pack(">4i", 0x803, 30, 28, 28) + pixels.tobytes()
+        digits = struct.pack(">2i", 0x801, 30) + labels.tobytes()
         (folder / f"{split}-images-idx3-ubyte").write_bytes(images)
-        (folder / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 30) + labels.tobytes())
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(digits)
 
 
 @pytest.fixture
 def shell(clone, tmp_path_factory):
-    """shell("python run_vae.py", few_steps=False): run it in bash; return the result and the commands it gave."""
+    """shell("python run_vae.py"): run it in bash; return the result and the commands it gave."""
     stand_ins = tmp_path_factory.mktemp("stand_ins")
     for name in ("python", "python3", "torchrun", "pip"):
         (stand_ins / name).write_text(STAND_IN)
@@ -130,7 +134,8 @@ def shell(clone, tmp_path_factory):
             "FEW_STEPS": "1" if few_steps else "",
         }
         words = ["bash", "-e", "-c", f"{script}\nwait"]
-        result = subprocess.run(words, cwd=clone, env=environment, capture_output=True, text=True, timeout=timeout)
+        settings = {"cwd": clone, "env": environment, "timeout": timeout}
+        result = subprocess.run(words, capture_output=True, text=True, **settings)
         return result, [shlex.split(line) for line in noted.read_text().splitlines()]
 
     return run
@@ -142,7 +147,7 @@ class Parsed(BaseException):
 
 @pytest.fixture
 def take(clone, monkeypatch):
-    """take(["python", "run_vae.py", "--run", "1"]): have the program itself check the flags, and do nothing else."""
+    """take(["python", "run_vae.py", "--run", "1"]): have the program check its flags alone."""
 
     def only_parse(parser, *args, **kwargs):
         parse(parser, *args, **kwargs)
@@ -175,7 +180,7 @@ def take(clone, monkeypatch):
     return check
 
 
-@pytest.mark.parametrize("script", COMMANDS)
+@pytest.mark.parametrize("script", cases("bash"))
 def test_commands_of_a_page_are_taken(script, shell, take):
     result, commands = shell(script)
     assert result.returncode == 0, result.stderr
@@ -184,29 +189,32 @@ def test_commands_of_a_page_are_taken(script, shell, take):
         take(words)
 
 
-@pytest.mark.parametrize("words", [["run_vae.py", "D"], ["run_vae.py", "--data_dir", ""], ["run_vae.py", "--iw"]])
-def test_a_wrong_command_is_not_taken(words, take):
+@pytest.mark.parametrize("flags", [["D"], ["--data_dir", ""], ["--iw"]], ids=str)
+def test_a_wrong_command_is_not_taken(flags, take):
     with pytest.raises(SystemExit) as stopped:
-        take(["python", *words])
+        take(["python", "run_vae.py", *flags])
     assert stopped.value.code == 2
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_of_a_page_run(page, shell, users_files):
+def test_a_page_runs_from_top_to_bottom(page, clone, shell, users_files, no_network):
     for model in NAMES:
         shape = (200, 32, 32, 3) if model == "fsvae" else (200, 28, 28)
         x = np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
-        arrays = {"x": x, "y": np.arange(200) % 10, "x_test": x[:50], "y_test": np.arange(50) % 10}
-        for name in (f"few_{model}", "pictures", "fashion"):
-            np.savez(f"{name}.npz", **arrays)
-    for script in shell_scripts(page):
-        result, _ = shell(script, few_steps=True, timeout=1200)
-        assert result.returncode == 0, f"{script}\n{result.stdout}\n{result.stderr}"
-        assert "error" not in result.stderr, f"{script}\n{result.stderr}"
+        y = np.arange(200) % 10
+        np.savez(clone / f"few_{model}.npz", x=x, y=y, x_test=x[:50], y_test=y[:50])
+    for language, code in pasted(page):
+        if language == "python":
+            words = [sys.executable, "-c", code]
+            result = subprocess.run(words, capture_output=True, text=True, timeout=600)
+        else:
+            result, _ = shell(code, few_steps=True, timeout=1200)
+        assert result.returncode == 0, f"{code}\n{result.stdout}\n{result.stderr}"
+        assert "error" not in result.stderr, f"{code}\n{result.stderr}"
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
+@pytest.mark.parametrize("code", cases("python"))
 def test_an_example_runs(code, clone, users_files):
     if any(word in code for word in SLOW):
         pytest.skip("a slow example: --long runs it")
@@ -214,18 +222,11 @@ def test_an_example_runs(code, clone, users_files):
     exec(compile(code, "example", "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_an_example_runs_in_a_new_process(code, clone, users_files, no_network):
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-
-
 def test_every_page_has_examples_and_commands():
     for page in PAGES:
-        assert len(shell_scripts(page)) >= 2
-        assert any(case.id.startswith(page) for case in EXAMPLES)
-    assert len(EXAMPLES) >= 2
+        kinds = [kind for kind, _ in pasted(page)]
+        assert kinds.count("bash") >= 2 and kinds.count("python") >= 1
+    assert len(cases("python")) >= 2
 
 
 def test_links_between_the_pages_lead_somewhere():
@@ -234,8 +235,9 @@ def test_links_between_the_pages_lead_somewhere():
             file = (ROOT / page).parent / target if target else ROOT / page
             assert file.is_file(), f"{page}: {target}"
             if anchor:
-                titles = re.findall(r"^#+ (.*)", file.read_text(), flags=re.M)
-                anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+                titles = re.findall(r"^#+ (.*)", file.read_text().lower(), flags=re.M)
+                plain = [re.sub(r"[^\w\- ]", "", title) for title in titles]
+                anchors = [title.replace(" ", "-") for title in plain]
                 assert anchor in anchors, f"{page}: #{anchor}"
 
 
@@ -271,4 +273,7 @@ def test_the_defaults_in_the_readme_are_the_scripts():
             if default is not None:  # one for all scripts, or (SSVAE 30000, ...) where a script has another
                 values = default if isinstance(default, tuple) else [default]
                 words = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
-                assert shown.split(" (")[0] == words or f"{model.upper()} {words}" in shown, (flag, model)
+                assert shown.split(" (")[0] == words or f"{model.upper()} {words}" in shown, (
+                    flag,
+                    model,
+                )

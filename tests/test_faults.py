@@ -119,6 +119,10 @@ def test_whatever_file_a_run_fails_at_the_same_command_ends_as_if_nothing_had_be
         for attempt, fault in enumerate(faults):  # the second fails later, or at nothing
             renames(k, fault)
             failed = small(folder)
+            between_saves = names[k - 1 : k + 1] == ["metrics.csv", "metrics.csv"]
+            if between_saves and not attempt and fault is DISK_FULL:
+                assert failed.returncode == 0 and "warning: metrics.csv" in failed.stdout, folder
+                break  # the table of the next save has all of it
             assert failed.returncode == 1 or attempt, folder
             if fault is DISK_FULL and failed.returncode:
                 assert failed.stderr.count("\n") == 1 and "No space left" in failed.stderr
@@ -221,7 +225,7 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(number, code, tmp_path, 
     wait_for(state_file(tmp_path), process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == code and "goes on from there" in errors.splitlines()[-1]
+    assert process.returncode == code and "resumes from there" in errors.splitlines()[-1]
     stopped = int(errors.split("stopped at step ")[1].split(",")[0])
     assert torch.load(state_file(tmp_path))["step"] == stopped
 

@@ -382,7 +382,7 @@ def test_going_on_to_exactly_the_step_of_an_interruption_finishes_the_run(script
             at_steps(patch, lambda at, last=interrupted, n=number: os.kill(os.getpid(), n) if at == last else None)
             result = script("vae", "--iter_max", 300, cwd=stopped)
         assert result.returncode == 128 + number
-        assert f"stopped at step {step}, state saved; the same command goes on from there" in result.stderr
+        assert f"stopped at step {step}, state saved; the same command resumes from there" in result.stderr
         assert step not in checkpoint_steps(stopped, "vae")
         trained = lines(script("vae", "--iter_max", step, cwd=stopped))
         assert step in checkpoint_steps(stopped, "vae")

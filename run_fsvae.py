@@ -2,6 +2,12 @@
 """Bonus: a fully supervised VAE of SVHN's colour digits, conditioned on the label."""
 
 import sys
+
+if __name__ == "__main__":
+    from codebase.runtime import interrupts
+
+    interrupts.in_one_line()  # before the imports that take time
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +51,7 @@ def one_run(run: Run, group) -> dict[str, float]:
     train.train_or_load(model, batch, len(images), run, group, watch)
 
     found = evaluate.conditional_bound(model, test)
+    report.check(found)
     if group.main:
         evaluated_on = "test split" if unseen else "training images"
         report.results(run, found, figures.of_fsvae(model, "samples"), len(test), evaluated_on=evaluated_on)

@@ -2,6 +2,12 @@
 """Problem 4: classify MNIST from 100 labels with a semi-supervised VAE; --gw 0 trains the classifier alone."""
 
 import sys
+
+if __name__ == "__main__":
+    from codebase.runtime import interrupts
+
+    interrupts.in_one_line()  # before the imports that take time
+
 from dataclasses import dataclass
 
 from codebase.runtime import files, options
@@ -52,6 +58,7 @@ def one_run(run: Run, group) -> dict[str, float]:
 
     counts = evaluate.confusion(model, test)
     found = {"accuracy": evaluate.accuracy(counts)}
+    report.check(found)
     if group.main:
         of_each_digit = (counts.diag() / counts.sum(1).clamp(min=1)).tolist()
         tables = {"confusion": counts.tolist(), "per_digit_accuracy": of_each_digit}

@@ -2,6 +2,12 @@
 """Problem 1: train and evaluate a VAE on binarised MNIST."""
 
 import sys
+
+if __name__ == "__main__":
+    from codebase.runtime import interrupts
+
+    interrupts.in_one_line()  # before the imports that take time
+
 from dataclasses import dataclass
 
 from codebase.runtime import options
@@ -41,6 +47,7 @@ def one_run(run: Run, group) -> dict[str, float]:
     x = data.test_subset(test, run.test)
     found = evaluate.bounds(model, x, () if run.train else run.iw, group=group, progress=True)
     found |= evaluate.latent_use(model, test)
+    report.check(found)
     if group.main:
         report.results(run, found, figures.of_binary_vae(model, subset, test), len(test), len(x))
         report.bounds(found)

@@ -126,8 +126,11 @@ def find(model: nn.Module, run: Run) -> tuple[dict[str, torch.Tensor] | None, di
     step = state["step"] if state else math.inf if stored else 0  # nothing goes on from weights alone
     if run.iter_max in stored and run.iter_max <= step:
         return read_weights(model, run.iter_max), None
-    begins = f"goes on from step {step}, not before it" if state else "has no state to go on from"
-    wrong = f"argument --iter_max: {run.name} {begins}: give one of its checkpoints {stored}, {RESTART}"
+    choices = [f"{step} or more to resume"] if state else []
+    if stored:
+        choices.append(f"one of its checkpoints {stored}")
+    stands = f"is at step {step}, beyond {run.iter_max}" if state else "has no state to resume from"
+    wrong = f"argument --iter_max: {run.name} {stands}: give {', '.join(choices)}, {RESTART}"
     require(step <= run.iter_max, wrong)
     return None, state
 

@@ -19,6 +19,7 @@ from codebase.runtime.device import compile_graph, plain_because, random_state, 
 from codebase.runtime.files import RunError, Stopped, log_dir, model_path, state_path, write
 from codebase.runtime.options import Run
 from codebase.runtime.processes import Processes
+from codebase.runtime.signals import ENDING, handled_signals
 
 LOG_EVERY = 100  # steps per row of metrics.csv, each the mean of its steps
 KEPT = "training stopped, the last checkpoint is kept"
@@ -75,7 +76,9 @@ def choose_gradient(model: nn.Module, batch: Batch, run: Run, group: Processes, 
     before: whether the last steps of a training that goes on were compiled, which auto keeps to; None of a new one.
     """
     why = plain_because(run.compile, run.iter_max, run.device, group.size)
+    kept_plain = False  # where a run in one piece would be compiled
     if before is not None and run.compile == "auto" and group.size == 1:
+        kept_plain = why == "" and not before
         why = "" if before else "as its last steps"
     add, random, began = add_gradient, random_state(), time.monotonic()
     if not why:
@@ -91,6 +94,8 @@ def choose_gradient(model: nn.Module, batch: Batch, run: Run, group: Processes, 
         model.zero_grad()
         set_random_state(random)
     print(f"steps: plain ({why})" if why else f"steps: compiled, in {time.monotonic() - began:.1f} s")
+    if kept_plain:
+        print("a run of this --iter_max in one piece is compiled: the bits will differ from it")
     if before not in (None, not why):
         print(f"the last steps were {'compiled' if before else 'plain'}: the bits will differ from a run in one piece")
     return add
@@ -191,22 +196,34 @@ def write_table(name: str, run: Run, rows: list[list[Any]]) -> None:
 
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of being ended by them."""
+    """Collect SIGINT, SIGTERM and the hang-up of a terminal in a list instead of being ended by them."""
     caught: list[int] = []
-    before = {n: signal.signal(n, lambda n, _: caught.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled_signals((signal.SIGINT, *ENDING), lambda number, _: caught.append(number)):
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+
+def update_table(training: Training, warned: bool) -> bool:
+    """Write metrics.csv between two saves, which may fail: the next save has all of it. Return whether that was said.
+
+    A spreadsheet that holds the file is no reason to end a training.
+    """
+    try:
+        training.save_table()
+    except OSError as error:
+        if not warned:
+            print(f"warning: metrics.csv not updated ({error.strerror or error}); training continues", flush=True)
+        return True
+    return warned
 
 
 def fit(training: Training, batch: Batch, n: int, group: Processes) -> None:
     """Train to step --iter_max and store checkpoints on the way. batch: see backward; n: the number of training images.
 
-    Raises Stopped on SIGINT and SIGTERM, once the state is saved, and RunError where a loss or a weight is not finite.
+    Raises Stopped on SIGINT, SIGTERM and SIGHUP, once the state is saved, and RunError where a loss or a weight is
+    not finite.
     """
     model, run, stop, written = training.model, training.run, 0, time.monotonic()
+    warned = False
     if training.step < run.iter_max:
         add = choose_gradient(model, batch, run, group, training.compiled if training.step else None)
         training.compiled = add is not add_gradient
@@ -238,10 +255,10 @@ def fit(training: Training, batch: Batch, n: int, group: Processes) -> None:
                 if group.main:
                     training.save()
             elif group.main and time.monotonic() > written + WRITE_EVERY:
-                training.save_table()
+                warned = update_table(training, warned)
                 written = time.monotonic()
     if stop := group.sum([], next(iter(caught), 0)):  # one that came during the last save too, which is done by now
-        raise Stopped(f"stopped at step {training.step}, state saved; the same command goes on from there", stop)
+        raise Stopped(f"stopped at step {training.step}, state saved", stop)
 
 
 def train(

@@ -120,6 +120,20 @@ def test_going_on_in_another_way_than_before_says_that_the_bits_will_differ(scri
     assert "steps: plain (as its last steps)" in script("vae", "--iter_max", 9).stdout
 
 
+def test_auto_says_where_one_piece_would_be_compiled(script, traced, monkeypatch):
+    """The first part was too short for it, and its way is kept."""
+    monkeypatch.setattr(device, "WORTH", 6)
+    monkeypatch.setattr(device.shutil, "which", lambda name: name)
+    assert "bits" not in script("vae", "--iter_max", 3, "--device", "cpu").stdout
+    assert "bits" not in script("vae", "--iter_max", 5, "--device", "cpu").stdout
+    said = script("vae", "--iter_max", 7, "--device", "cpu").stdout
+    assert "steps: plain (as its last steps)" in said
+    (line,) = (line for line in said.splitlines() if "bits" in line)
+    assert "in one piece is compiled: the bits will differ" in line
+    whole = script("vae", "--iter_max", 7, "--device", "cpu", "--run", 1).stdout
+    assert "steps: compiled" in whole and "bits" not in whole
+
+
 @pytest.mark.parametrize(
     "asked, steps, kind, tools, compiled",
     [

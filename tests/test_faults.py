@@ -1,9 +1,11 @@
 """Kills, signals, full disks, rivals, broken numbers and hostile files: nothing is lost and nothing is let in."""
 
+import json
 import os
 import pickle
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -119,6 +121,10 @@ def test_whatever_file_a_run_fails_at_the_same_command_ends_as_if_nothing_had_be
         for attempt, fault in enumerate(faults):  # the second fails later, or at nothing
             renames(k, fault)
             failed = small(folder)
+            between_saves = names[k - 1 : k + 1] == ["metrics.csv", "metrics.csv"]
+            if between_saves and not attempt and fault is DISK_FULL:
+                assert failed.returncode == 0 and "warning: metrics.csv" in failed.stdout, folder
+                break  # the table of the next save has all of it
             assert failed.returncode == 1 or attempt, folder
             if fault is DISK_FULL and failed.returncode:
                 assert failed.stderr.count("\n") == 1 and "No space left" in failed.stderr
@@ -221,9 +227,34 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(number, code, tmp_path, 
     wait_for(state_file(tmp_path), process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == code and "goes on from there" in errors.splitlines()[-1]
+    assert process.returncode == code and "resumes from there" in errors.splitlines()[-1]
     stopped = int(errors.split("stopped at step ")[1].split(",")[0])
     assert torch.load(state_file(tmp_path))["step"] == stopped
+
+
+@pytest.mark.parametrize("flag", [["--overwrite", "1"], ["--overwrite=1"]])
+def test_a_stopped_overwrite_names_what_resumes(flag, script, monkeypatch, tmp_path):
+    """The same command would start over."""
+    assert script("vae", "--iter_max", 4).returncode == 0
+    step, steps = torch.optim.Adam.step, iter(range(1, 100))
+
+    def stopping(*args, **kwargs):
+        if next(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", stopping)
+        stopped = script("vae", "--iter_max", 6, *flag, "--iter_save", 5)
+    assert stopped.returncode == 130
+    line = stopped.stderr.splitlines()[-1]
+    assert "stopped at step 3, state saved; to resume: python run_vae.py " in line
+    interpreter, _, *words = shlex.split(line.split("to resume: ")[1])
+    assert interpreter == "python" and "--overwrite" not in line
+    assert words[-4:] == ["--iter_max", "6", "--iter_save", "5"]
+    resumed = script("vae", *words)
+    assert resumed.returncode == 0 and "going on from step 3" in resumed.stdout
+    assert checkpoint_steps(tmp_path, "vae") == [5, 6]
 
 
 def test_the_first_of_two_signals_names_the_exit_code(script, monkeypatch):
@@ -358,6 +389,67 @@ def test_a_test_figure_that_is_not_finite_stops_training_too(tmp_path, script, m
     line = "nelbo and rec of test images not finite at step 40: training stopped, the last checkpoint is kept"
     assert result.returncode == 1 and result.stderr.splitlines()[-1].endswith(line)
     assert not differences(content(tmp_path / "checkpoints"), before)
+
+
+def test_figures_that_are_not_finite_are_an_error(script, tmp_path, monkeypatch):
+    """Of weights that are finite, but wild: they are neither printed nor stored."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = VAE(name=NAMES["vae"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e30)
+    checkpoint.save_model_by_name(model, 20)
+    before = tree(tmp_path)
+    result = script("vae", "--iter_max", 20, "--train", 0)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 1 and "nelbo" in line and "not finite" in line
+    assert "NELBO" not in result.stdout and tree(tmp_path) == before
+
+
+def test_an_fsvae_of_training_images_alone_is_checked_too(small, tmp_path, monkeypatch):
+    """A training is not watched on them."""
+    found = {"nelbo": float("nan"), "kl": 1.0, "rec": float("inf")}
+    assert small("run").returncode == 0
+    (tmp_path / "run/logs" / NAMES["fsvae"] / "results.json").unlink()
+    monkeypatch.setattr(evaluate, "conditional_bound", lambda *_: found)
+    result = small("run")
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 1 and "nelbo and rec not finite" in line
+    assert not (tmp_path / "run/logs" / NAMES["fsvae"] / "results.json").exists()
+
+
+def test_figures_stored_as_nan_are_replaced(script, tmp_path):
+    """Earlier revisions stored them, in files that are no JSON."""
+    assert script("vae", "--iter_max", 5).returncode == 0
+    path = tmp_path / "logs" / NAMES["vae"] / "results.json"
+    stored = json.loads(path.read_text())
+    stored["figures"] |= {"niwae_7": float("nan")}
+    path.write_text(json.dumps(stored))
+    result = script("vae", "--iter_max", 5, "--train", 0, "--iw", 1)
+    assert result.returncode == 0, result.stderr
+    assert "NaN" not in path.read_text() and "niwae_1" in path.read_text()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_number_that_json_lacks_is_written(value, tmp_path):
+    files.write(tmp_path / "a.json", {"a": 1.0})
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match="JSON"):
+        files.write(tmp_path / "a.json", {"a": value})
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("model", ["vae", "gmvae"])
+def test_a_model_that_knows_nothing_is_warned_of(model, script, monkeypatch):
+    figures = {"nelbo": 543.5, "kl": 0.5, "rec": 543.0}
+    monkeypatch.setattr(evaluate, "bounds", lambda *_, **__: dict(figures))
+    said = script(model, "--iter_max", 2).stdout
+    (warning,) = (line for line in said.splitlines() if line.startswith("warning:"))
+    assert "543.5" in warning and "784 log 2" in warning
+    assert said.splitlines()[-1].startswith("NELBO: 543.5")
+    figures["nelbo"] = 543.3
+    assert "warning:" not in script(model, "--iter_max", 2).stdout
 
 
 class Malicious:

@@ -382,7 +382,7 @@ def test_going_on_to_exactly_the_step_of_an_interruption_finishes_the_run(script
             at_steps(patch, lambda at, last=interrupted, n=number: os.kill(os.getpid(), n) if at == last else None)
             result = script("vae", "--iter_max", 300, cwd=stopped)
         assert result.returncode == 128 + number
-        assert f"stopped at step {step}, state saved; the same command goes on from there" in result.stderr
+        assert f"stopped at step {step}, state saved; the same command resumes from there" in result.stderr
         assert step not in checkpoint_steps(stopped, "vae")
         trained = lines(script("vae", "--iter_max", step, cwd=stopped))
         assert step in checkpoint_steps(stopped, "vae")
@@ -430,6 +430,18 @@ def test_settings_that_contradict_the_stored_run_are_refused(finished, script, t
     assert tree(tmp_path) == before
 
 
+def test_an_interrupted_run_says_how_far_it_is(script, tmp_path, monkeypatch):
+    """It has no checkpoint yet that could be given."""
+    with monkeypatch.context() as patch:
+        at_steps(patch, lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 7 else None)
+        assert script("vae", "--iter_max", 20).returncode == 130
+    before = tree(tmp_path)
+    line = refusal(script("vae", "--iter_max", 5))
+    assert "is at step 7" in line and "give 7 or more" in line and "[]" not in line
+    assert tree(tmp_path) == before
+    lines(script("vae", "--iter_max", 7))
+
+
 OTHER = {"batch_size": 50, "seed": 3, "lr": 0.01}
 FIX_WEIGHTS = {  # every flag that fixes the weights, with another value than the default
     "vae": OTHER | {"z": 5, "beta": 2.0, "train_iw": 5},
@@ -454,6 +466,12 @@ def test_whatever_fixes_the_weights_is_part_of_the_name_or_is_refused_when_chang
             line = refusal(script(model, "--iter_max", 110, f"--{flag}", value))
             assert f"argument --{flag}:" in line and f"not {value}" in line
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["1e+2", "1E+02", "1e2", "100", "100."])
+def test_a_number_may_be_written_with_an_exponent(text):
+    values = options.parse(kind_of("vae"), "", ["--beta", text])
+    assert values["beta"] == 100
 
 
 @pytest.mark.parametrize("flag, rounded, value", [("beta", "2.00000001", 2), ("lr", "0.0200000001", 0.02)])
@@ -591,6 +609,14 @@ def test_loading_without_a_checkpoint_names_it_what_there_is_and_what_to_type(fi
     for word in ("model-00030.pt", "checkpoints of this run: 60, 100", "to train one: run_vae.py", "--iter_max 30"):
         assert word in line
     assert "--train" not in line and tree(tmp_path) == before
+
+
+def test_shipped_weights_are_named_from_elsewhere(main, tmp_path):
+    line = refusal(main("vae", "--run", 2021, "--train", 0))
+    assert str(ROOT / "checkpoints") in line and "to train one" not in line
+    line = refusal(main("vae", "--run", 2021, "--train", 0, "--iter_max", 7))
+    assert "to train one" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -898,7 +924,7 @@ BAD += [(script, ["--z", value], "--z") for script in ("vae", "gmvae") for value
 BAD += [
     (script, ["--beta", value], "--beta")
     for script in ("vae", "gmvae")
-    for value in ("-1", "nan", "inf", "-inf", "x", "", "1e7")
+    for value in ("-1", "nan", "inf", "-inf", "x", "", "1e7", "+1", "1_0", " 1", "1\n", "1e+", "1e+-2", "٣")
 ]
 BAD += [
     (script, ["--iw", *values], "--iw")
@@ -1046,6 +1072,29 @@ def test_running_out_of_memory_is_one_line_that_says_what_to_do(finished, script
         result = script("vae", "--iter_max", 100)
         (line,) = result.stderr.splitlines()
         assert result.returncode == 1 and "out of memory" in line and "--batch_size" in line
+
+
+@pytest.mark.parametrize(
+    "model, flags, named, not_named",
+    [
+        ("vae", ["--train", 1], ["--batch_size", "--z"], ["--k", "--iw"]),
+        ("gmvae", ["--train", 1], ["--batch_size", "--z", "--k"], ["--iw"]),
+        ("ssvae", ["--train", 1], ["--batch_size"], ["--k", "--z"]),
+        ("vae", ["--train", 0], ["--z", "--device"], ["--batch_size", "--k"]),
+        ("gmvae", ["--train", 0], ["--z", "--k", "--device"], ["--batch_size"]),
+        ("ssvae", ["--train", 0], ["--device"], ["--batch_size", "--k", "--z"]),
+    ],
+)
+def test_advice_on_memory_fits_the_command(model, flags, named, not_named, script, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "load", raising(MemoryError()))
+    path = tmp_path / "checkpoints" / NAMES[model] / "model-00100.pt"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    result = script(model, "--iter_max", 100, *flags)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 1 and "out of memory" in line
+    words = line.replace(",", " ").split()
+    assert set(named) <= set(words) and not set(not_named) & set(words)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -40,18 +40,29 @@ def set_random_state(state: dict[str, Tensor]) -> None:
             GENERATORS[kind].set_rng_state(stored)
 
 
+def forked_random_states() -> AbstractContextManager:
+    """Inside, random numbers may be drawn and seeded at will; the states of before are put back after.
+
+    torch.manual_seed seeds every CUDA device, so all of them are put back, once CUDA is in use.
+    """
+    if torch.cuda.is_initialized():
+        return torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda")
+    if torch.backends.mps.is_available():
+        return torch.random.fork_rng([0], device_type="mps")
+    return torch.random.fork_rng([], device_type="cuda")
+
+
 @contextmanager
 def eval_mode(model: torch.nn.Module, seed: int = 0) -> Iterator[None]:
     """Without gradients, in evaluation mode, and with a random stream of its own; everything is put back after."""
-    training, random = model.training, random_state()
-    torch.manual_seed(seed)
-    model.eval()
-    try:
-        with torch.no_grad():
+    training = model.training
+    with forked_random_states(), torch.no_grad():
+        torch.manual_seed(seed)
+        model.eval()
+        try:
             yield
-    finally:
-        model.train(training)
-        set_random_state(random)
+        finally:
+            model.train(training)
 
 
 def plain_because(asked: str, steps: int, device: str, processes: int) -> str:

@@ -66,6 +66,9 @@ def _no_checkpoint(run: Run) -> list[Run]:
     steps, how = stored_steps(run.name), f"to train one: {shlex.join([Path(sys.argv[0]).name, *words])}"
     if steps and not state_path(run.name).exists():
         how = "it has no state to go on from: give one of them, or train another --run"
+    package = Path(__file__).resolve().parents[2]
+    if (package / model_path(run.name, run.iter_max)).is_file():
+        how = f"it is in {package / 'checkpoints'}: run the command in {package}"
     known = ", ".join(map(str, steps)) or "none"
     raise Missing(f"there is no {model_path(run.name, run.iter_max)}; checkpoints of this run: {known}; {how}")
 

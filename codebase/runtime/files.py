@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ class Missing(UsageError, FileNotFoundError):
 
 class RunError(Exception):
     """Something broke while running: a loss that is not finite, another process that died. Exit code 1."""
+
+
+class Parted(RunError):
+    """Another process of the run is gone; the last state is there to resume from."""
 
 
 class Stopped(Exception):
@@ -47,8 +52,12 @@ def stored_steps(name: str) -> list[int]:
 
 
 def write(path: Path, content: bytes | str | dict[str, Any]) -> None:
-    """Write a file (a dictionary as JSON) beside its place, flush and rename it: old or new is there, and whole."""
-    content = json.dumps(content, indent=1) + "\n" if isinstance(content, dict) else content
+    """Write a file (a dictionary as JSON) beside its place, flush and rename it: old or new is there, and whole.
+
+    Raises ValueError, and writes nothing, where a dictionary holds NaN or infinity: JSON has neither.
+    """
+    if isinstance(content, dict):
+        content = json.dumps(content, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -58,4 +67,5 @@ def write(path: Path, content: bytes | str | dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
-        beside.unlink(missing_ok=True)  # it is there where something failed
+        with suppress(OSError):  # the error under way is the one to tell
+            beside.unlink(missing_ok=True)  # it is there where something failed

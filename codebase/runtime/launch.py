@@ -1,9 +1,9 @@
 """What surrounds the runs of a script: processes, data set, device, lock, signals, exit codes and series of runs."""
 
 import contextlib
+import errno
 import os
-import shutil
-import signal
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,6 +13,13 @@ from typing import Any
 
 from codebase.runtime import fetch, files, options
 from codebase.runtime.options import Run
+from codebase.runtime.signals import ENDING, handled_signals
+
+# Two OpenMP threads that wait for each other keep their cores busy for so many turns before they sleep. Where another
+# process wants the core, the turns are its time lost, and ours: the thread that is waited for may be the one put off.
+SPIN_COUNT = "10000"
+# What a file system without locks answers: NFS without lockd, some SMB shares.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def launch(kind: type[Run], one_run: Callable[..., dict[str, float]], description: str, argv: list[str] | None) -> int:
@@ -21,8 +28,21 @@ def launch(kind: type[Run], one_run: Callable[..., dict[str, float]], descriptio
     group: the processes of the run. one_run returns the run's figures; those of several runs are summarised. A failed
     run does not take the others down, but a signal does, and of several processes any failure.
     """
+    with usable_streams():
+        try:
+            with handled_signals(tuple(ENDING), lambda number, _: sys.exit(128 + number)):
+                return launch_runs(kind, one_run, description, argv)
+        except KeyboardInterrupt as error:  # before the first run, or after the last
+            return fail(error, lambda: True)
+
+
+def launch_runs(
+    kind: type[Run], one_run: Callable[..., dict[str, float]], description: str, argv: list[str] | None
+) -> int:
     values = options.parse(kind, description, argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    wait_briefly()
+    resume = how_to_resume(kind, values, argv)
+    memory = how_to_need_less_memory(values)
     code, first, count, series = 0, values["run"], values.pop("runs"), {}
     options.content.cache_clear()
     try:
@@ -39,15 +59,65 @@ def launch(kind: type[Run], one_run: Callable[..., dict[str, float]], descriptio
                         figures = one_run(run, group)
                     series.setdefault(run.series, (run, {}))[1][number] = figures  # by data set, which auto may change
                 except BaseException as error:
-                    code = max(code, fail(error, group.first_to_fail))
+                    code = max(code, fail(error, group.first_to_fail, resume, memory))
                     if code > 128 or group.size > 1:
                         return code
             for run, figures in series.values() if count > 1 and group.main else ():
                 report.summarise(run, figures)
     except BaseException as error:  # outside of any run: no such device, a signal, a summary that cannot be stored
         of_all = isinstance(error, (files.UsageError, SystemExit))  # every process sees that there is no such device
-        code = max(code, fail(error, lambda: not of_all or os.environ.get("RANK", "0") == "0"))
+        code = max(code, fail(error, lambda: not of_all or os.environ.get("RANK", "0") == "0", resume, memory))
     return code
+
+
+@contextlib.contextmanager
+def usable_streams() -> Iterator[None]:
+    """Inside, what is printed goes somewhere, and no file name is unprintable.
+
+    A program without a console, pythonw, has neither stream; a stream may have been closed.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream is None or getattr(stream, "closed", False):
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
+                setattr(sys, name, nowhere)
+                stack.callback(setattr, sys, name, stream)
+            elif hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        yield
+
+
+def wait_briefly() -> None:
+    """Have OpenMP's threads spin less, unless the user has decided; it is read when torch is loaded."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+
+def how_to_resume(kind: type[Run], values: dict[str, Any], argv: list[str] | None) -> str:
+    """What to type to resume a run that was stopped. With --overwrite the same command would start over."""
+    if not values["overwrite"]:
+        return "the same command resumes from there"
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return "the same command without --overwrite resumes from there"
+    script, words = sys.argv[0], sys.argv[1:]
+    if argv is not None and argv != words:  # called from a notebook or another program
+        script, words = f"run_{kind.model}.py", argv
+    kept = [word for word in words if not word.startswith("--overwrite=")]
+    while "--overwrite" in kept:
+        at = kept.index("--overwrite")
+        del kept[at : at + 2]
+    return f"to resume: {shlex.join(['python', script, *kept])}"
+
+
+def how_to_need_less_memory(values: dict[str, Any]) -> str:
+    """Which flags of a command line make its run need less memory. The number of --iw's samples is none of them."""
+    sizes = [f"--{name}" for name in ("k", "z") if name in values]
+    if values["train"]:
+        sizes.insert(0, "--batch_size")
+        return f"use a smaller {' or '.join(sizes)}"
+    smaller = f"train a model with a smaller {' or '.join(sizes)}, " if sizes else ""
+    return f"{smaller}end other programs, or choose another --device"
 
 
 def resolve(kind: type[Run], values: dict[str, Any], group) -> Run:
@@ -73,34 +143,91 @@ def hold(name: str) -> Iterator[None]:
 
     folder = files.log_dir(name)
     folder.mkdir(parents=True, exist_ok=True)
-    owner, lock = folder / ".owner", filelock.FileLock(folder / ".lock")
+    owner, path = folder / ".owner", folder / ".lock"
+    lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        pid = owner.read_text().strip() if owner.exists() else "unknown"
-        raise files.UsageError(f"{name} is in use by process {pid}: wait for it, or choose another --run") from None
+        if not refuses_locks(path):
+            pid = owner.read_text().strip() if owner.exists() else "unknown"
+            used = f"{name} is in use by process {pid}: wait for it, or choose another --run"
+            raise files.UsageError(used) from None
+        warn_of_no_lock(path)
+    except NotImplementedError:
+        warn_of_no_lock(path)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            with contextlib.suppress(OSError):  # where it was made just now
+                folder.rmdir()
+            cure = "delete that file, or make its folder one that you can write to"
+            raise files.UsageError(f"{path} cannot be locked ({error.strerror or error}): {cure}") from error
+        warn_of_no_lock(path)
     try:
         files.write(owner, f"{os.getpid()}\n")
         for left_over in [*folder.glob(".*.tmp"), *files.state_path(name).parent.glob(".*.tmp")]:
-            left_over.unlink()
+            with contextlib.suppress(OSError):
+                left_over.unlink()
         yield
     finally:
-        owner.unlink(missing_ok=True)
-        if [path.name for path in folder.glob("*")] == [".lock"]:  # bad data, or the like: nothing is left of the run
-            shutil.rmtree(folder)
-            with contextlib.suppress(OSError):  # of other runs
-                folder.parent.rmdir()
+        let_go(folder, lock)
+
+
+def refuses_locks(path: Path) -> bool:
+    """Whether the file system of that file has no locks, which not every version of filelock tells apart from busy."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in NO_LOCKS
+    return False
+
+
+def warn_of_no_lock(path: Path) -> None:
+    print(f"warning: {path} cannot be locked here: see to it that no other process works on this run", flush=True)
+
+
+def let_go(folder: Path, lock: Any) -> None:
+    """Give the lock back, and leave nothing of a run that stored nothing. What fails here hides no other error.
+
+    Windows deletes no file that is open, so the lock file goes after the lock there; elsewhere before it, while nobody
+    else can have it.
+    """
+    path = folder / ".lock"
+    with contextlib.suppress(OSError):
+        (folder / ".owner").unlink()
+    unused = [left.name for left in folder.glob("*")] in ([], [".lock"])
+    opened = False
+    if unused:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError:
+            opened = True
+    with contextlib.suppress(OSError):
         lock.release()
+    if opened:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+    if unused:
+        with contextlib.suppress(OSError):  # the last of them where there are other runs
+            folder.rmdir()
+            folder.parent.rmdir()
 
 
-def fail(error: BaseException, speaks: Callable[[], bool]) -> int:
-    """Say in one line why a run failed, below a traceback where that is a bug of ours; return the exit code."""
+def fail(error: BaseException, speaks: Callable[[], bool], resume: str = "", memory: str = "") -> int:
+    """Say in one line why a run failed, below a traceback where that is a bug of ours; return the exit code.
+
+    resume: how to resume the run; memory: how to make it need less.
+    """
     line, code = f"error: {(str(error).strip() or type(error).__name__).splitlines()[0]}", 1
     if isinstance(error, files.RunError) and not error.args:  # another process says why
         return code
     speak = speaks()
     if isinstance(error, files.Stopped):
-        line, code = error.args[0], 128 + error.args[1]
+        line, code = f"{error.args[0]}; {resume}", 128 + error.args[1]
     elif isinstance(error, KeyboardInterrupt):
         line, code = "interrupted", 130
     elif isinstance(error, SystemExit):
@@ -108,11 +235,15 @@ def fail(error: BaseException, speaks: Callable[[], bool]) -> int:
     elif isinstance(error, files.UsageError):
         code = 2
     elif isinstance(error, MemoryError) or "out of memory" in line or "allocate memory" in line:
-        line += ": out of memory, use a smaller --batch_size"
+        line += f": out of memory, {memory}"
+    elif isinstance(error, files.Parted):
+        line += f"; its last state is stored: {resume}"
     elif isinstance(error, OSError):
         line = f"error: {error.strerror or error}: {error.filename or 'while writing'}; checkpoints are intact"
     elif not isinstance(error, files.RunError) and speak:
-        traceback.print_exception(error)
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error)
     if speak:
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a closed terminal takes no words
+            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
     return code

@@ -14,14 +14,16 @@ from typing import Any, ClassVar
 
 from codebase.runtime.files import UsageError, require
 
+PLAIN = re.compile(r"-?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)  # of what int and float read
+
 
 def number(kind: type, low: int, high: int) -> Callable[[str], int | float]:
     """A check for numbers of a kind, int or float, from low to high."""
 
     def check(text: str) -> int | float:
         with suppress(ValueError):
-            if text.isascii() and not set(text) & set(" _+") and low <= (value := kind(text)) <= high:
-                return value
+            if PLAIN.fullmatch(text) and low <= kind(text) <= high:
+                return kind(text)
         what = "a whole number" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"takes {what} from {low} to {high}, not {text[:40]!r}")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from codebase.runtime.device import resolve_device
-from codebase.runtime.files import RunError
+from codebase.runtime.files import Parted, RunError, UsageError, require
 
 
 class Processes:
@@ -62,7 +62,8 @@ class Ranks(Processes):
         patience = timedelta(days=1)  # a download of the main process takes long
         dist.init_process_group(backend, timeout=patience, store=self.store, rank=self.rank, world_size=self.size)
         if not self.main:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+            # for the rest of the process
+            sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
 
     def first(self, decide: Callable[[], Any]) -> Any:
         answer, failure = [None, False], None
@@ -111,15 +112,47 @@ def _together(collective: Callable, argument: Any) -> None:
     except RuntimeError as error:
         words = str(error).strip().splitlines()[0]
         what = "another process of this run died" if "onnection" in words else "the processes of this run fell out"
-        raise RunError(f"{what} ({words}); the same command goes on from the last state") from error
+        raise Parted(f"{what} ({words})") from error
+
+
+def how_many() -> int:
+    """The number of processes of the run, which torchrun and some cluster images put into WORLD_SIZE."""
+    said = os.environ.get("WORLD_SIZE", "")
+    if not said:
+        return 1
+    if not said.isdecimal() or int(said) == 0:
+        raise UsageError(f"WORLD_SIZE is {said!r}, which is no number of processes: unset it")
+    return int(said)
+
+
+def check_processes(device: str) -> None:
+    """Raise UsageError where several processes cannot find each other, or cannot compute on that kind of device."""
+    size = os.environ["WORLD_SIZE"]
+    needed = ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    missing = [name for name in needed if not os.environ.get(name)]
+    start = "start several processes by torchrun, or unset WORLD_SIZE for one"
+    require(not missing, f"WORLD_SIZE is {size}, but {', '.join(missing)} not set: {start}")
+    kind = resolve_device(device)
+    other = "argument --device: several processes do not compute on mps: give --device cpu, or start one process"
+    require(kind != "mps", other)
+    if kind == "cuda":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", int(os.environ["LOCAL_RANK"]) + 1))
+        count = torch.cuda.device_count()
+        each = f"{here} processes need a GPU each and {count} are here: start {count}, or give --device cpu"
+        require(here <= count, f"argument --device: {each}")
 
 
 @contextmanager
 def join(device: str) -> Iterator[Processes]:
-    """This process among those of its run, on that kind of device; raises UsageError where there is no such device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """This process among those of its run, on that kind of device.
+
+    Raises UsageError where there is no such device, where there are more processes than devices, and where WORLD_SIZE
+    asks for several processes and nothing says how they find each other.
+    """
+    if how_many() == 1:
         yield ALONE
         return
+    check_processes(device)
     group = Ranks(device)
     try:
         yield group

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from codebase.runtime.files import log_dir, model_path, write
-from codebase.runtime.options import Run
+from codebase.runtime.files import RunError, log_dir, model_path, write
+from codebase.runtime.options import BinaryRun, Run
+
+NOTHING_KNOWN = 784 * math.log(2)  # nats: the NELBO of a model that gives every pixel of 784 even odds
 
 
 def begin(run: Run, model: torch.nn.Module) -> None:
@@ -61,6 +63,17 @@ def _part(run: Run) -> str:
     return "" if run.test == "subset" else f"_{run.test}"
 
 
+def check(figures: dict[str, float]) -> None:
+    """Raise RunError where a figure is not finite: such figures are neither printed nor stored."""
+    broken = [name for name, value in figures.items() if not math.isfinite(value)]
+    if broken:
+        raise RunError(f"{' and '.join(broken)} not finite: no figures are stored")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
 def results(
     run: Run, figures: dict[str, float], pictures: list[str], tested: int, bounded: int = 0, **extra: Any
 ) -> None:
@@ -74,11 +87,14 @@ def results(
     weights = {"weights_crc32": f"{zlib.crc32(model_path(run.name, run.iter_max).read_bytes()):08x}"}
     content = about | weights | {f"figures{of}": figures}
     with suppress(OSError, ValueError, AttributeError, TypeError):  # none yet, or damaged
-        known = json.loads(path.read_text())
+        known = json.loads(path.read_text(), parse_constant=_refuse)
         if (about | weights).items() <= (weights | known).items():  # of an older revision's file they are not known
             content = known | weights | {f"figures{of}": known.get(f"figures{of}", {}) | figures}
     write(path, content | extra | {f"test_images{of}": tested})
     print(f"\n{extra.get('evaluated_on', 'test split').split()[0]} images: {tested:,}{tested_on(run, tested)}")
+    if isinstance(run, BinaryRun) and figures["nelbo"] > NOTHING_KNOWN:
+        known = "what a model reaches that knows nothing of the images"
+        print(f"warning: NELBO {figures['nelbo']:.5g} is above 784 log 2 = {NOTHING_KNOWN:.1f}, {known}")
     if bounded:
         old = {"2018": ", binarised by the rule of 2018", "torch-0.4": ", binarised as torch 0.4 did in 2018"}
         print(f"bounds: of {bounded:,} images" + old.get(run.test, ""))

@@ -1,0 +1,406 @@
+"""Other machines: terminals that close, file systems without locks, Windows, notebooks, clusters, several GPUs."""
+
+import errno
+import json
+import os
+import pty
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+import torch
+from conftest import NAMES, ROOT, checkpoint_steps, command, start, tree, wait_for
+
+from codebase.models.vae import VAE
+from codebase.runtime import device, files
+
+fcntl = pytest.importorskip("fcntl", reason="no POSIX locks on this machine")
+
+NAME = NAMES["vae"]
+
+
+def state_file(folder: Path) -> Path:
+    return folder / "checkpoints" / NAME / "state.pt"
+
+
+def one_line(result, code: int) -> str:
+    """The one line on stderr of a command that ended with that code."""
+    assert result.returncode == code, result
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+# Signals, terminals and streams
+
+
+def test_a_hang_up_saves_the_state(tmp_path, digits_dir):
+    process = start("vae", tmp_path, digits_dir, "--iter_max", 100_000)
+    wait_for(state_file(tmp_path), process)
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 129
+    assert "state saved; the same command resumes from there" in errors.splitlines()[-1]
+    stopped = int(errors.split("stopped at step ")[1].split(",")[0])
+    assert torch.load(state_file(tmp_path))["step"] == stopped
+
+
+def test_a_terminal_that_closes_saves_the_state(tmp_path, digits_dir):
+    """What is written to it then fails, and hides nothing."""
+    words = command("vae", "--data", "digits", "--data_dir", digits_dir, "--iter_max", 1_000_000)
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        os.execv(words[0], words)
+    try:
+        while not state_file(tmp_path).exists() and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.05)
+        time.sleep(0.5)  # some steps
+        os.close(terminal)
+        _, status = os.waitpid(child, 0)
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
+    assert os.waitstatus_to_exitcode(status) == 129
+    assert torch.load(state_file(tmp_path))["step"] > 0
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored(script, monkeypatch, tmp_path):
+    """As nohup has it."""
+    step = torch.optim.Adam.step
+
+    def hung_up(*args, **kwargs):
+        signal.raise_signal(signal.SIGHUP)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", hung_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert script("vae", "--iter_max", 3).returncode == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert checkpoint_steps(tmp_path, "vae") == [3]
+
+
+@pytest.mark.parametrize("flags", [["--iter_max", 2], ["--iter_max", 2, "--lr", 9, "--iw", 5]])
+def test_main_leaves_no_signal_handler_behind(flags, tmp_path, monkeypatch, digits_dir):
+    import run_vae
+
+    monkeypatch.chdir(tmp_path)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    words = ["--data", "digits", "--data_dir", str(digits_dir), *map(str, flags)]
+    assert run_vae.main(words) == 0
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_main_works_in_a_thread(tmp_path, monkeypatch, digits_dir):
+    import run_vae
+
+    monkeypatch.chdir(tmp_path)
+    codes, words = [], ["--data", "digits", "--data_dir", str(digits_dir), "--iter_max", "3"]
+    thread = threading.Thread(target=lambda: codes.append(run_vae.main(words)))
+    thread.start()
+    thread.join()
+    assert codes == [0] and checkpoint_steps(tmp_path, "vae") == [3]
+
+
+CLOSED = {
+    "none": "sys.stdout = sys.stderr = None",
+    "closed": "sys.stderr.close(); sys.stdout.close()",
+}
+
+
+@pytest.mark.parametrize("streams", CLOSED)
+@pytest.mark.parametrize("flags, code", [(["--iter_max", "2"], 0), (["--z", "0"], 2)])
+def test_a_run_needs_no_streams(streams, flags, code, tmp_path, digits_dir):
+    (tmp_path / "program.py").write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import run_vae\n"
+        f"{CLOSED[streams]}\n"
+        "sys.exit(run_vae.main(sys.argv[1:]))\n"
+    )
+    words = [sys.executable, "program.py", "--data", "digits", "--data_dir", str(digits_dir), *flags]
+    result = subprocess.run(words, cwd=tmp_path, stderr=subprocess.DEVNULL, timeout=120)
+    assert result.returncode == code
+    assert checkpoint_steps(tmp_path, "vae") == ([2] if code == 0 else [])
+
+
+def test_no_file_is_opened_in_a_streams_place(tmp_path, digits_dir):
+    words = shlex.join(command("vae", "--data", "digits", "--data_dir", digits_dir, "--iter_max", 2))
+    result = subprocess.run(["sh", "-c", f"{words} 1>&- 2>&-"], cwd=tmp_path, timeout=120)
+    assert result.returncode == 0 and checkpoint_steps(tmp_path, "vae") == [2]
+
+
+@pytest.mark.parametrize("module", ["argparse", "dataclasses", "codebase.runtime.options", "codebase.runtime.launch"])
+def test_an_interrupt_while_the_script_loads_is_one_line(module, tmp_path):
+    (tmp_path / "interrupted.py").write_text(
+        "import runpy, signal, sys\n"
+        f"sys.modules.pop({module!r}, None)\n"
+        "class Finder:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, *_):\n"
+        f"        if name == {module!r}: signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"sys.argv = [{str(ROOT / 'run_vae.py')!r}]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    words = [sys.executable, "-S", "interrupted.py"]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert one_line(result, 130) == "run_vae.py: interrupted"
+
+
+@pytest.mark.parametrize("seconds", [0.04, 0.07, 0.1, 0.2, 0.5])
+@pytest.mark.long
+def test_an_interrupt_of_the_first_second_shows_no_traceback(seconds, tmp_path):
+    process = subprocess.Popen(command("vae"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "run_vae.py: interrupted\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_file_name_that_cannot_be_printed_is_escaped(encoding, tmp_path, digits_dir):
+    pixels = np.random.RandomState(0).randint(0, 256, (200, 784)).astype(np.uint8)
+    np.savez(tmp_path / "числа.npz", x=pixels[:100], x_test=pixels[100:])
+    words = command("vae", "--iter_max", 2, "--data", "числа.npz")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert (tmp_path / "checkpoints/model=vae_z=10_data=числа_run=0000/model-00002.pt").exists()
+    assert "\\u0447" in result.stdout
+    words[-1] = "нет.npz"
+    missing = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert "there is no file" in one_line(missing, 2)
+
+
+# Locks
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """no_locks(errno): the file system answers so to whoever wants to lock a file."""
+
+    def refuse(number: int) -> None:
+        def flock(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_a_run_warns_and_continues(number, no_locks, script, tmp_path):
+    no_locks(number)
+    result = script("vae", "--iter_max", 2)
+    assert result.returncode == 0, result.stderr
+    (warning,) = (line for line in result.stdout.splitlines() if line.startswith("warning:"))
+    assert str(Path("logs", NAME, ".lock")) in warning
+    assert script("vae", "--iter_max", 4).returncode == 0
+    assert checkpoint_steps(tmp_path, "vae") == [2, 4]
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no flock here"), filelock.Timeout("a lock")])
+def test_whatever_filelock_makes_of_it_the_run_continues(error, no_locks, script, monkeypatch, tmp_path):
+    def acquire(*_, **__):
+        raise error
+
+    no_locks(errno.ENOLCK)
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    result = script("vae", "--iter_max", 2)
+    assert result.returncode == 0 and "warning:" in result.stdout
+    assert checkpoint_steps(tmp_path, "vae") == [2]
+
+
+@pytest.mark.parametrize("number", [None, errno.ENOLCK, errno.ENOSYS])
+def test_an_empty_left_over_lock_file_blocks_nobody(number, no_locks, script, tmp_path):
+    left_over = tmp_path / "logs" / NAME / ".lock"
+    left_over.parent.mkdir(parents=True)
+    left_over.touch()
+    if number:
+        no_locks(number)
+    result = script("vae", "--iter_max", 2)
+    assert result.returncode == 0, result.stderr
+    assert checkpoint_steps(tmp_path, "vae") == [2]
+
+
+def test_a_lock_file_that_is_denied_is_named(script, monkeypatch, tmp_path):
+    (tmp_path / "logs" / NAME).mkdir(parents=True)
+    (tmp_path / "logs" / NAME / ".lock").touch()
+    real = os.open
+
+    def denied(path, *args, **kwargs):
+        if str(path).endswith(".lock"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", denied)
+    line = one_line(script("vae", "--iter_max", 2), 2)
+    assert str(Path("logs", NAME, ".lock")) in line and "Permission denied" in line and "delete that file" in line
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_failing_clean_up_hides_no_error(script, monkeypatch, tmp_path):
+    """Windows deletes no file that is open."""
+    real = os.unlink
+
+    def unlink(path, *args, **kwargs):
+        if Path(path).name in (".lock", ".owner"):
+            raise PermissionError(errno.EACCES, "the process cannot access the file", str(path))
+        real(path, *args, **kwargs)
+
+    broken = state_file(tmp_path)
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"nothing that can be read")
+    monkeypatch.setattr(os, "unlink", unlink)
+    monkeypatch.setattr(os, "remove", unlink)
+    line = one_line(script("vae", "--iter_max", 2), 2)
+    assert "state.pt" in line and "cannot access" not in line
+
+
+def test_a_left_over_that_cannot_be_removed_keeps_the_error(monkeypatch, tmp_path):
+    def fails(number, words):
+        def fail(*_, **__):
+            raise OSError(number, words)
+
+        return fail
+
+    monkeypatch.setattr(os, "replace", fails(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(os, "unlink", fails(errno.EACCES, "Permission denied"))
+    with pytest.raises(OSError, match="No space left"):
+        files.write(tmp_path / "a.json", {"a": 1})
+
+
+# Several processes and devices
+
+
+def test_world_size_without_the_rest_is_told_in_one_line(script, monkeypatch, tmp_path):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = one_line(script("vae", "--iter_max", 2), 2)
+    assert "WORLD_SIZE" in line and "MASTER_ADDR" in line and "torchrun" in line
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert "WORLD_SIZE" in one_line(script("vae", "--iter_max", 2), 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def first_of_two(monkeypatch):
+    """What torchrun tells the first of two processes."""
+    settings = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    for name, value in (settings | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}).items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("flags", [["--device", "cuda"], []])
+def test_more_processes_than_gpus_are_refused(flags, first_of_two, script, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    line = one_line(script("vae", "--iter_max", 2, *flags), 2)
+    assert "--device" in line and "2 processes" in line and "1 are here" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_on_apple_silicon_are_refused(first_of_two, script, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    line = one_line(script("vae", "--iter_max", 2), 2)
+    assert "mps" in line and "--device cpu" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluation_restores_the_random_state_of_every_gpu(monkeypatch):
+    states = {0: torch.tensor([10]), 1: torch.tensor([11])}
+
+    def seed_all(seed):
+        for number in states:
+            states[number] = torch.tensor([seed])
+
+    def number_of(which="cuda") -> int:
+        return which if isinstance(which, int) else 1  # the current device is the second
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda which="cuda": states[number_of(which)].clone())
+    set_state = lambda state, which="cuda": states.update({number_of(which): state})  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "set_rng_state", set_state)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seed_all)
+    model = VAE()
+    before = torch.get_rng_state()
+    with device.eval_mode(model):
+        torch.manual_seed(7)
+        torch.rand(3)
+        assert states[0].item() == states[1].item() == 7
+    assert [state.item() for state in states.values()] == [10, 11]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# The threads that wait
+
+OWN_SETTINGS = {
+    "nothing": ({}, True),
+    "another count": ({"GOMP_SPINCOUNT": "77"}, False),
+    "a policy": ({"OMP_WAIT_POLICY": "active"}, False),
+}
+
+
+@pytest.mark.parametrize("settings", OWN_SETTINGS)
+def test_waiting_threads_spin_briefly_unless_told_otherwise(settings, tmp_path):
+    """What is in the environment when torch is loaded."""
+    own, ours = OWN_SETTINGS[settings]
+    (tmp_path / "program.py").write_text(
+        "import os, sys\n"
+        "class Finder:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, *_):\n"
+        "        if name == 'torch':\n"
+        "            print('count', os.environ.get('GOMP_SPINCOUNT'), flush=True)\n"
+        "            os._exit(0)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import run_vae\n"
+        "run_vae.main(['--data', 'digits', '--iter_max', '1'])\n"
+    )
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    words = [sys.executable, "program.py"]
+    result = subprocess.run(words, cwd=tmp_path, env=environment | own, capture_output=True, text=True, timeout=60)
+    word, count = result.stdout.split()
+    assert word == "count"
+    assert count.isdecimal() if ours else count == own.get("GOMP_SPINCOUNT", "None")
+    assert tree(tmp_path).keys() == {"program.py"}
+
+
+def test_a_table_that_is_held_between_saves_ends_no_training(script, monkeypatch, tmp_path):
+    """A spreadsheet on Windows does that."""
+    from codebase import train
+
+    monkeypatch.setattr(train, "WRITE_EVERY", 0)
+    real, tables = os.replace, []
+
+    def replace(source, target, **kwargs):
+        if Path(target).name == "metrics.csv":
+            tables.append(target)
+            if 2 <= len(tables) <= 5:  # the first is that of the start
+                raise PermissionError(errno.EACCES, "Permission denied", str(target))
+        real(source, target, **kwargs)
+
+    monkeypatch.setattr(os, "replace", replace)
+    result = script("vae", "--iter_max", 8)
+    assert result.returncode == 0, result.stderr
+    (warning,) = (line for line in result.stdout.splitlines() if line.startswith("warning: metrics.csv"))
+    assert "Permission denied" in warning
+    assert json.loads((tmp_path / "logs" / NAME / "results.json").read_text())["step"] == 8
+    assert (tmp_path / "logs" / NAME / "metrics.csv").read_text().splitlines()[-1].startswith("8,")

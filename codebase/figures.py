@@ -1,7 +1,7 @@
 """Pictures in logs/<model.name>/: grids of images, latent map, training curves, confusion matrix.
 
-They are drawn on matplotlib's Figure objects: pyplot, its backend and a notebook's open figures stay
-as they are.
+They are drawn on matplotlib's Figure objects: pyplot, its backend and the open figures of a
+notebook stay as they are.
 """
 
 import csv

@@ -153,7 +153,10 @@ def _places(run: Run, path: Path) -> list[Path]:
     dotted = path.name.replace("-idx", ".idx")  # as many tools unpack it
     names = [path.name, dotted, f"{path.name}.gz", f"{dotted}.gz"]
     folders = [path.parent, folder / "MNIST", folder / "raw", folder]
-    return [place / name for name in names for place in folders]
+    places = []
+    for name in names:
+        places += [place / name for place in folders]
+    return places
 
 
 def _mend(found: dict[Path, Path]) -> str:

@@ -15,7 +15,7 @@ from codebase import data, evaluate
 from codebase.checkpoint import load_model_by_name, save_model_by_name
 from codebase.models.ssvae import SSVAE
 from codebase.models.vae import BinaryVAE
-from codebase.runtime import fetch, report
+from codebase.runtime import download, report
 from codebase.runtime.device import eval_mode
 from codebase.runtime.files import UsageError
 from codebase.runtime.options import Run
@@ -49,7 +49,7 @@ def get_mnist_data(
     Both pairs are on the device. Raises UsageError where files cannot be had or are damaged.
     """
     run = Run(data_dir=DATA_DIR)
-    _download("MNIST", run, fetch.files(run))
+    _download("MNIST", run, download.files(run))
     train_set = data.mnist(DATA_DIR, "train", check=1)
     test_set = data.mnist(DATA_DIR, "test", check=1)
     if use_test_subset:
@@ -128,7 +128,7 @@ def _download(name: str, run: Run, needed: list[Path]) -> None:
     print(f"{name}: looking in {Path(DATA_DIR).resolve()}")
     if all(path.exists() for path in needed):
         return
-    why = fetch.download(run)
+    why = download.fetch(run)
     missing = [str(path) for path in needed if not path.exists()]
     if missing:
         hand = f"put these files in place by hand: {', '.join(missing)}"

@@ -14,18 +14,24 @@ import torch
 from torch import Tensor
 
 from codebase import digits
-from codebase.runtime import fetch
-from codebase.runtime.files import UsageError, require, write
+from codebase.runtime import download
+from codebase.runtime.files import UsageError, write
 from codebase.runtime.options import Run, content
 
 COURSE = json.loads(Path(__file__).with_name("course_subset.json").read_text())
 COURSE_IMAGES = Path(__file__).with_name("course_images.npz")
-OLD_RULE = {"2018": torch.float32, "torch-0.4": torch.float64}  # what torch.bernoulli draws: from 1.0 on, and before
+IMAGE_NAMES = ("x", "x_train", "x_test")  # of the arrays in a user's own file
+LABEL_NAMES = ("y", "y_train", "y_test")
+# The numbers that torch.bernoulli compared with probabilities: since torch 1.0, and before.
+OLD_RULE = {"2018": torch.float32, "torch-0.4": torch.float64}
 
 
 @dataclass(frozen=True)
 class Images:
-    """A split: pixels (n, 784) or (n, 3072, channel-major) as bytes, labels (n,) as int64 (-1: none), on one device."""
+    """A split, on one device: pixels as bytes, labels as int64 where -1 says that there is none.
+
+    pixels: (n, 784) or (n, 3072, channel-major); labels: (n,).
+    """
 
     pixels: Tensor
     labels: Tensor
@@ -46,52 +52,75 @@ class Images:
         return torch.nn.functional.one_hot(self.labels[index], 10).float()
 
     def has_course(self, split: str) -> bool:
-        """Whether the course's images can be found here: in MNIST's split, and in the drawn digits in its place."""
-        return torch.bincount(self.labels.clamp(min=0).cpu()).tolist() == COURSE["class_counts"][split]
+        """Whether the course's images can be found here, by their positions in MNIST's split.
+
+        They can in MNIST itself and in the drawn digits that take its place.
+        """
+        class_counts = torch.bincount(self.labels.clamp(min=0).cpu()).tolist()
+        return class_counts == COURSE["class_counts"][split]
 
     def positions(self, split: str, each: int = 10) -> Tensor:
-        """Where that many images of each digit are, class after class: the course's ten, then more in a fixed order.
+        """Where that many images of each digit are, class after class, (10 * each,).
 
-        Raises UsageError where there are too few of a digit.
+        The course's ten come first, then more in a fixed order. Raises UsageError where there are
+        too few of a digit.
         """
-        labels, table, found = self.labels.cpu(), COURSE[split] if self.has_course(split) else [[]] * 10, []
-        for digit, course in enumerate(table):
+        labels = self.labels.cpu()
+        has_course = self.has_course(split)
+        positions = []
+        for digit in range(10):
             members = torch.nonzero(labels == digit).flatten()
-            few = f"argument --labels: takes {each} images of each digit, and of {digit} there are {len(members)}"
-            require(len(members) >= each, few)
-            more = np.random.RandomState(0).permutation(len(members)).tolist()
-            found.append(members[[*course, *(at for at in more if at not in course)][:each]])
-        return torch.cat(found).to(self.labels.device)
+            if len(members) < each:
+                wanted = f"takes {each} images of each digit"
+                there = f"of {digit} there are {len(members)}"
+                raise UsageError(f"argument --labels: {wanted}, and {there}")
+            course = COURSE[split][digit] if has_course else []
+            shuffled = np.random.RandomState(0).permutation(len(members)).tolist()
+            rest = [position for position in shuffled if position not in course]
+            chosen = (course + rest)[:each]
+            positions.append(members[chosen])
+        return torch.cat(positions).to(self.labels.device)
 
 
 def binarize(pixels: Tensor) -> Tensor:
-    """Draw x ~ Bernoulli(pixels / 255), exactly: of the 255 equally likely bytes 0 ... 254, `pixels` lie below it."""
+    """Draw x ~ Bernoulli(pixels / 255), exactly.
+
+    Of the 255 equally likely bytes 0 ... 254, as many as the pixel says lie below it.
+    """
     noise = torch.randint(0, 255, pixels.shape, dtype=torch.uint8, device=pixels.device)
     return (noise < pixels).float()
 
 
 def binarize_once(pixels: Tensor) -> Tensor:
     """Binarise a split's images by the course's rule, the same at each call: (n, 784) in {0, 1}."""
-    stream, x = np.random.RandomState(0), torch.empty(pixels.shape)
-    for some, drawn in zip(pixels.cpu().split(1000), x.split(1000), strict=True):  # binomial takes 13 bytes a pixel
-        drawn[:] = torch.from_numpy(stream.binomial(1, some.numpy().astype(np.float32) / np.float32(255)))
+    stream = np.random.RandomState(0)
+    x = torch.empty(pixels.shape)
+    for start in range(0, len(pixels), 1000):  # in blocks, for binomial takes 13 bytes a pixel
+        block = pixels[start : start + 1000].cpu().numpy()
+        probabilities = block.astype(np.float32) / np.float32(255)
+        x[start : start + 1000] = torch.from_numpy(stream.binomial(1, probabilities))
     return x.to(pixels.device)
 
 
 def test_subset(test: Images, which: str = "subset") -> Tensor:
     """The test images that bounds are of, binarised once and for all: (n, 784) in {0, 1}.
 
-    "subset": the course's 100, class after class, or the first 100 of a split that does not have them; "2018": the
-    same, binarised as the course did until about 2020, "torch-0.4": with the random numbers of that day's torch, which
-    compared float32 probabilities with doubles; "all": the split.
+    "subset": the course's 100, class after class, or the first 100 of a split that does not have
+    them; "2018": the same, binarised as the course did until about 2020; "torch-0.4": as with the
+    random numbers of that day's torch, which compared float32 probabilities with doubles; "all":
+    the split.
     """
     if which == "all":
         return binarize_once(test.pixels)
-    pixels = test.pixels[test.positions("test")] if test.has_course("test") else test.pixels[:100]
-    if which in OLD_RULE:
-        p = (pixels.cpu() / 255).to(OLD_RULE[which])
-        return torch.bernoulli(p, generator=torch.Generator().manual_seed(0)).float().to(pixels.device)
-    return binarize_once(pixels)
+    pixels = test.pixels[:100]
+    if test.has_course("test"):
+        pixels = test.pixels[test.positions("test")]
+    if which == "subset":
+        return binarize_once(pixels)
+    probabilities = (pixels.cpu() / 255).to(OLD_RULE[which])
+    stream = torch.Generator().manual_seed(0)
+    x = torch.bernoulli(probabilities, generator=stream)
+    return x.float().to(pixels.device)
 
 
 def labelled_set(train: Images, count: int = 100) -> Images:
@@ -101,161 +130,340 @@ def labelled_set(train: Images, count: int = 100) -> Images:
 
 
 def load(run: Run, split: str) -> Images:
-    """The "train" or "test" split of the run's data set, on its device. Raises UsageError where files are damaged.
+    """The "train" or "test" split of the run's data set, on its device.
 
-    Where MNIST's test split is not there and no figure needs it, the course's 100 test images take its place.
+    Where MNIST's test split is not there and no metric needs it, the course's 100 test images take
+    its place. Raises UsageError where files are damaged.
     """
+    in_colour = run.real_data == "svhn"
     if run.own_images:
-        images = own(run.data, split, run.real_data == "svhn", run.needs_labels)
+        images = own(run.data, split, in_colour, run.needs_labels)
     elif run.data == "digits":
-        images = drawn_digits(run.data_dir, split, colour=run.real_data == "svhn")
+        images = drawn_digits(run.data_dir, split, in_colour)
     elif run.data == "svhn":
-        images = svhn(run.data_dir, run.split if split == "train" else "test", run.check_data)
-    elif run.needs_files or all(path.exists() for path in fetch.files(run)[-2:]):  # of the test split
+        name = run.split if split == "train" else "test"
+        images = svhn(run.data_dir, name, run.check_data)
+    elif run.needs_files or _has_mnist_test(run):
         images = mnist(run.data_dir, split, run.check_data)
     else:
         images = course(split)
     return Images(images.pixels.to(run.device), images.labels.to(run.device))
 
 
+def _has_mnist_test(run: Run) -> bool:
+    images, labels = download.files(run)[-2:]
+    return images.exists() and labels.exists()
+
+
 def course(split: str) -> Images:
-    """The course's 100 images of MNIST's "train" (those that are labelled) or "test" split, class after class."""
+    """The course's 100 images of MNIST's "train" or "test" split, class after class.
+
+    Of the training split they are the labelled ones.
+    """
     with np.load(COURSE_IMAGES) as file:
-        pixels, labels = file[split].reshape(100, 784), file[f"{split}_labels"].astype(np.int64)
+        pixels = file[split].reshape(100, 784)
+        labels = file[f"{split}_labels"].astype(np.int64)
     return Images(torch.from_numpy(pixels), torch.from_numpy(labels))
 
 
-def own(path: str, split: str, colour: bool, labelled: bool) -> Images:
-    """A user's "train" or "test" images from a .npz file with x and, where they are there, y, x_test and y_test.
+# ---- a user's own images ----
 
-    x: (n, 28, 28), (n, 784) or, in colour, (n, 32, 32, 3), as whole numbers 0 to 255 or floats in [0, 1], which are
-    rounded to bytes; y: (n,), 0 to 9. Without x_test (and then y_test) the last tenth of x is held out. Raises
-    UsageError otherwise.
+
+def own(path: str, split: str, colour: bool, labelled: bool) -> Images:
+    """A user's "train" or "test" images from a .npz file.
+
+    It has images x (or x_train) and, where they are there, labels y (or y_train), x_test and
+    y_test. Without x_test the last tenth of x is held out.
+
+    Images: (n, 28, 28), (n, 784), (n, 28, 28, 1) or (n, 1, 28, 28), in colour (n, 32, 32, 3) or
+    (n, 3, 32, 32), as whole numbers 0 to 255 or as floats in [0, 1], which are rounded to bytes.
+    Labels: (n,) or (n, 1), whole numbers 0 to 9. A model that needs none (labelled False) takes
+    others too, and they are not used.
+
+    Raises UsageError where the file is not like that.
+    """
+    problem = f"argument --data: {path}"
+    arrays = _read_arrays(path, labelled)
+    train_x_name = _name_of(arrays, "x", problem)
+    train_y_name = _name_of(arrays, "y", problem)
+    held_out = "x_test" not in arrays
+    if held_out and "y_test" in arrays:
+        raise UsageError(f"{problem} has y_test and no images x_test")
+
+    x_name = train_x_name
+    y_name = train_y_name
+    if split == "test" and not held_out:
+        x_name = "x_test"
+        y_name = "y_test"
+    x = arrays[x_name]
+    pixels = _own_pixels(x, colour, f"{problem} should have {x_name}")
+    if _is_dark(x):
+        dark = f"{x_name} with more than black: 0 and 1 are levels of 255; store them as floats"
+        train_x = arrays[train_x_name]
+        if _is_dark(train_x) or train_x.dtype.kind not in "iu":
+            raise UsageError(f"{problem} should have {dark}")
+        print(f"warning: {path} should have {dark}, if that is what they mean")
+
+    y = arrays.get(y_name)
+    wrong = _wrong_labels(y, len(pixels), labelled)
+    if wrong and labelled:
+        raise UsageError(f"{problem} should have {y_name}{wrong}")
+    if wrong and y is not None and split == "test":  # whose labels the latent map shows
+        print(f"warning: {y_name} of {path} is not labels 0 to 9 and is not used")
+    labels = np.full(len(pixels), -1)
+    if not wrong:
+        labels = y.reshape(-1).astype(np.int64)
+
+    if held_out:
+        if len(pixels) < 2:
+            raise UsageError(f"{problem} has one image in {x_name}: none is left to evaluate on")
+        count = max(1, len(pixels) // 10)
+        if split == "test":
+            pixels = pixels[-count:]
+            labels = labels[-count:]
+            said = f"its last tenth, {count} images, is held out for evaluation"
+            print(f"{path} has no x_test: {said}")
+        else:
+            pixels = pixels[:-count]
+            labels = labels[:-count]
+    return Images(torch.from_numpy(pixels), torch.from_numpy(labels))
+
+
+def _read_arrays(path: str, labelled: bool) -> dict[str, np.ndarray]:
+    """The images and labels that a .npz file holds, by name. Raises UsageError where it cannot.
+
+    labelled: whether the model needs labels.
     """
     stored = io.BytesIO(content(path)[0])
+    arrays = {}
+    others = []
     try:
         with np.load(stored, allow_pickle=False) as file:
-            arrays = {name: np.asarray(file[name]) for name in ("x", "y", "x_test", "y_test") if name in file}
+            for name in IMAGE_NAMES:
+                if name in file:
+                    arrays[name] = np.asarray(file[name])
+            for name in LABEL_NAMES:
+                if name in file:
+                    arrays[name] = _read_labels(file, name, labelled)
+            if "x" not in arrays and "x_train" not in arrays:
+                others = [f"{name} {_shape(file, name)}" for name in file]
     except Exception as error:
-        pickled = "Object arrays" in str(error)
-        what = "holds pickled objects, which are not read" if pickled else "cannot be read: truncated or no .npz file"
+        what = "cannot be read: truncated or no .npz file"
+        if "Object arrays" in str(error):
+            what = "holds pickled objects, which are not read"
         raise UsageError(f"argument --data: {path} {what}") from error
-    require("x" in arrays, f"argument --data: {path} has no images x")
-    held_out = "x_test" not in arrays
-    require(not held_out or "y_test" not in arrays, f"argument --data: {path} has y_test and no images x_test")
-    ending = "_test" if split == "test" and not held_out else ""
-    pixels = _own_pixels(f"argument --data: {path} should have x{ending}", arrays[f"x{ending}"], colour)
-    levels = [part.max(initial=0) for part in (arrays["x"], arrays[f"x{ending}"]) if part.dtype.kind in "iu"]
-    dark = f"x{ending} with more than black: 0 and 1 are levels of 255; store them as floats"
-    require(max(levels, default=255) > 1, f"argument --data: {path} should have {dark}")
-    if levels and levels[-1] <= 1:
-        print(f"warning: {path} should have {dark}, if that is what they mean")
-    y, needs = arrays.get(f"y{ending}"), f"argument --data: {path} should have y{ending}"
-    require(y is not None or not labelled, f"{needs}, the labels, which this model needs")
-    y = np.full(len(pixels), -1) if y is None else y
-    fits = y.shape == (len(pixels),) and y.dtype.kind in "iu"
-    require(fits, f"{needs} of shape ({len(pixels)},) with whole numbers, not {y.shape} of {y.dtype}")
-    right = (0 if labelled else -1) <= y.min() and y.max() <= 9
-    require(bool(right), f"{needs} with labels 0 to 9, not {y.min()} to {y.max()}")
-    if held_out:
-        count = max(1, len(y) // 10)
-        require(len(y) > 1, f"argument --data: {path} has one image in x: none is left to evaluate on")
-        part = slice(-count, None) if split == "test" else slice(-count)
-        pixels, y = pixels[part], y[part]
-        if split == "test":
-            print(f"{path} has no x_test: its last tenth, {count} images, is held out for evaluation")
-    return Images(torch.from_numpy(pixels), torch.from_numpy(y.astype(np.int64)))
+    if "x" not in arrays and "x_train" not in arrays:
+        listed = ", ".join(others[:10]) or "nothing"
+        raise UsageError(f"argument --data: {path} has no images x or x_train; it holds {listed}")
+    return arrays
 
 
-def _own_pixels(needs: str, x: np.ndarray, colour: bool) -> np.ndarray:
-    """A user's images as bytes, (n, 784) or (n, 3072, channel-major); needs: how a line of error begins."""
-    sizes, is_float = [(32, 32, 3)] if colour else [(28, 28), (784,)], x.dtype.kind in "fb"
-    takes = " or ".join(f"(n, {', '.join(map(str, size))})" for size in sizes)
-    require(x.size > 0 and x.shape[1:] in sizes, f"{needs} of shape {takes}, not {x.shape}")
-    require(x.dtype.kind in "fbiu", f"{needs} of whole numbers or floats, not {x.dtype}")
-    low, high, top = float(x.min()), float(x.max()), 1 if is_float else 255
-    hint = "; divide them by 255" if is_float and low >= 0 and 2 < high <= 255 else ""
-    require(low >= 0 and high <= top, f"{needs} from 0 to {top}, not from {low:.9g} to {high:.9g}{hint}")
-    pixels = np.rint(x * 255.0).astype(np.uint8) if is_float else x.astype(np.uint8)
-    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2) if colour else pixels).reshape(len(x), -1)
+def _read_labels(file: np.lib.npyio.NpzFile, name: str, labelled: bool) -> np.ndarray:
+    try:
+        return np.asarray(file[name])
+    except ValueError as error:
+        if labelled or "Object arrays" not in str(error):
+            raise
+        return np.empty(0, object)  # pickled labels are not read, and here nobody needs them
+
+
+def _shape(file: np.lib.npyio.NpzFile, name: str) -> str:
+    """The shape of an array of any kind, for a line of error."""
+    try:
+        return str(np.shape(file[name]))
+    except ValueError:
+        return "(objects)"
+
+
+def _name_of(arrays: dict[str, np.ndarray], short: str, problem: str) -> str:
+    """The name of the training images x or labels y in this file: x, or Keras's x_train."""
+    long = f"{short}_train"
+    if short in arrays and long in arrays:
+        raise UsageError(f"{problem} has both {short} and {long}: keep the one that is meant")
+    return long if long in arrays else short
+
+
+def _own_pixels(x: np.ndarray, colour: bool, needs: str) -> np.ndarray:
+    """A user's images as bytes, (n, 784) or (n, 3072, channel-major).
+
+    needs: how a line of error begins. Raises UsageError where they are of another shape, kind or
+    range.
+    """
+    if colour:
+        shapes = [(32, 32, 3), (3, 32, 32)]
+        takes = "(n, 32, 32, 3)"
+    else:
+        shapes = [(28, 28), (784,), (28, 28, 1), (1, 28, 28)]
+        takes = "(n, 28, 28) or (n, 784)"
+    if x.size == 0 or x.shape[1:] not in shapes:
+        raise UsageError(f"{needs} of shape {takes}, not {x.shape}")
+    if x.dtype.kind not in "fbiu":
+        raise UsageError(f"{needs} of whole numbers or floats, not {x.dtype}")
+
+    is_float = x.dtype.kind in "fb"
+    top = 1 if is_float else 255
+    low = float(x.min())
+    high = float(x.max())
+    if not (low >= 0 and high <= top):  # nor is NaN
+        hint = ""
+        if is_float and low >= 0 and 2 < high <= 255:
+            hint = "; divide them by 255"
+        if -1 <= low < -0.5 and 0.5 < high <= 1:
+            hint = "; if they are scaled to -1 to 1, add 1 and divide by 2"
+        raise UsageError(f"{needs} from 0 to {top}, not from {low:.9g} to {high:.9g}{hint}")
+
+    levels = np.rint(x * 255.0) if is_float else x
+    pixels = levels.astype(np.uint8)
+    if x.shape[1:] == (32, 32, 3):
+        pixels = pixels.transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(pixels).reshape(len(x), -1)
+
+
+def _is_dark(x: np.ndarray) -> bool:
+    """Whether these are whole numbers 0 and 1: nearly black, and most likely meant otherwise."""
+    return x.dtype.kind in "iu" and x.max(initial=0) <= 1
+
+
+def _wrong_labels(y: np.ndarray | None, count: int, labelled: bool) -> str:
+    """What speaks against y as the labels of that many images, for a line of error, or ""."""
+    if y is None:
+        return ", the labels, which this model needs"
+    if y.shape not in ((count,), (count, 1)) or y.dtype.kind not in "iu":
+        return f" of shape ({count},) with whole numbers, not {y.shape} of {y.dtype}"
+    lowest = 0 if labelled else -1  # -1 says that an image has no label
+    if y.min() < lowest or y.max() > 9:
+        return f" with labels 0 to 9, not {y.min()} to {y.max()}"
+    return ""
+
+
+# ---- MNIST and SVHN ----
 
 
 def mnist(data_dir: str, split: str, check: int) -> Images:
-    """MNIST's "train" or "test" split from <data_dir>/MNIST/raw; check: whether they must be the published files."""
-    count, prefix = {"train": (60_000, "train"), "test": (10_000, "t10k")}[split]
+    """MNIST's "train" or "test" split from <data_dir>/MNIST/raw.
+
+    check: whether they must be the published files. Raises UsageError where they are damaged.
+    """
+    count = 60_000
+    prefix = "train"
+    if split == "test":
+        count = 10_000
+        prefix = "t10k"
     raw = Path(data_dir, "MNIST", "raw")
-    pixels = read_idx(raw / f"{prefix}-images-idx3-ubyte", (2051, count, 28, 28), check)
-    labels = read_idx(path := raw / f"{prefix}-labels-idx1-ubyte", (2049, count), check)
-    intact(path, labels.max() <= 9, "has labels outside 0 to 9")
+    images_path = raw / f"{prefix}-images-idx3-ubyte"
+    labels_path = raw / f"{prefix}-labels-idx1-ubyte"
+    pixels = read_idx(images_path, (2051, count, 28, 28), check)
+    labels = read_idx(labels_path, (2049, count), check)
+    if labels.max() > 9:
+        raise _damaged(labels_path, "has labels outside 0 to 9")
     return Images(pixels.reshape(count, 784), labels.long())
 
 
 def read_idx(path: Path, header: tuple[int, ...], check: int) -> Tensor:
-    """The bytes of an idx file, in its shape. Raises UsageError unless it has this header, its size and checksum."""
-    with reading(path):
-        content = path.read_bytes()
-    begin, size = np.array(header, ">i4").tobytes(), len(content)
-    intact(path, content.startswith(begin), f"does not begin as that file does (magic number, counts {header})")
-    intact(path, size == len(begin) + math.prod(header[1:]), f"is truncated or too long ({size:,} bytes)")
-    published = not check or hashlib.sha256(content).hexdigest() == COURSE["mnist_sha256"][path.name]
-    intact(path, published, "is not the published file (its SHA-256 differs; --check_data 0 takes it all the same)")
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=len(begin)).reshape(header[1:])
+    """The bytes of an idx file, in its shape.
+
+    Raises UsageError unless it has this header (magic number and counts), its size and, where check
+    says so, the published checksum.
+    """
+    with _reading(path):
+        stored = path.read_bytes()
+    begin = np.array(header, ">i4").tobytes()
+    if not stored.startswith(begin):
+        wrong = f"does not begin as that file does (magic number, counts {header})"
+        raise _damaged(path, wrong)
+    if len(stored) != len(begin) + math.prod(header[1:]):
+        raise _damaged(path, f"is truncated or too long ({len(stored):,} bytes)")
+    if check and hashlib.sha256(stored).hexdigest() != COURSE["mnist_sha256"][path.name]:
+        raise _damaged(path, _not_published("SHA-256"))
+    values = torch.frombuffer(bytearray(stored), dtype=torch.uint8, offset=len(begin))
+    return values.reshape(header[1:])
 
 
-def intact(path: Path, condition: bool, wrong: str) -> None:
-    """Raise UsageError, with the cure, unless the condition on the content of a data file holds."""
+def svhn(data_dir: str, split: str, check: int) -> Images:
+    """SVHN's "extra", "train" or "test" split from its .mat file in data_dir, as bytes.
+
+    In the file the digit 0 has the label 10. Raises UsageError where the file is damaged.
+    """
+    from scipy.io import loadmat  # only here: MNIST needs neither
+    from torchvision.datasets import SVHN
+
+    path = Path(data_dir, f"{split}_32x32.mat")
+    with _reading(path), open(path, "rb") as file:
+        if check and _md5(file) != SVHN.split_list[split][2]:
+            raise _damaged(path, _not_published("MD5"))
+        file.seek(0)
+        arrays = loadmat(file)
+        pixels = arrays.pop("X").transpose(3, 2, 1, 0)
+        labels = arrays["y"].astype(np.int64).flatten()
+        fits = pixels.shape == (len(labels), 3, 32, 32) and pixels.dtype == np.uint8
+        if not fits or labels.min() < 0 or labels.max() > 10:
+            raise _damaged(path, "holds no 32 x 32 x 3 byte images with labels 1 to 10")
+    # The file keeps each image together, columns first: this makes no copy.
+    pixels = np.ascontiguousarray(pixels)
+    # Rows first, in blocks and in place, so that the large extra split is in memory once.
+    for start in range(0, len(pixels), 10_000):
+        block = pixels[start : start + 10_000]
+        block[...] = block.transpose(0, 1, 3, 2).copy()
+    return Images(torch.from_numpy(pixels.reshape(-1, 3072)), torch.from_numpy(labels % 10))
+
+
+def _md5(file: io.BufferedReader) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    for block in iter(lambda: file.read(1 << 22), b""):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _not_published(checksum: str) -> str:
+    differs = f"its {checksum} differs; --check_data 0 takes it all the same"
+    return f"is not the published file ({differs})"
+
+
+def _damaged(path: Path, wrong: str) -> UsageError:
+    """The error that says what is wrong with a data file, and the cure."""
     cure = f"remove {path.name} and let it be downloaded, or put an intact copy in its place"
-    require(condition, f"{path} {wrong}: {cure}")
+    return UsageError(f"{path} {wrong}: {cure}")
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn whatever goes wrong while a data file is read into the UsageError of intact."""
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong while a data file is read into a line about a damaged file."""
     try:
         yield
     except (UsageError, MemoryError):
         raise
     except OSError as error:
-        intact(path, False, f"cannot be read ({error.strerror or error})")
+        raise _damaged(path, f"cannot be read ({error.strerror or error})") from error
     except Exception as error:
-        intact(path, False, f"is truncated or damaged ({type(error).__name__})")
+        raise _damaged(path, f"is truncated or damaged ({type(error).__name__})") from error
 
 
-def svhn(data_dir: str, split: str, check: int) -> Images:
-    """SVHN's "extra", "train" or "test" split from its .mat file in data_dir, as bytes; the label 10 is the digit 0."""
-    from scipy.io import loadmat  # only here: MNIST needs neither
-    from torchvision.datasets import SVHN
-
-    path, digest = Path(data_dir, f"{split}_32x32.mat"), hashlib.md5(usedforsecurity=False)
-    with reading(path), open(path, "rb") as file:
-        while check and (block := file.read(1 << 22)):
-            digest.update(block)
-        published = not check or digest.hexdigest() == SVHN.split_list[split][2]
-        intact(path, published, "is not the published file (its MD5 differs; --check_data 0 takes it all the same)")
-        file.seek(0)
-        content = loadmat(file)
-        pixels, labels = content.pop("X").transpose(3, 2, 1, 0), content["y"].astype(np.int64).flatten()
-        fits = pixels.shape == (len(labels), 3, 32, 32) and pixels.dtype == np.uint8
-        fits = fits and 0 <= labels.min() <= labels.max() <= 10
-        intact(path, fits, "holds no 32 x 32 x 3 byte images with labels 1 to 10")
-    pixels = np.ascontiguousarray(pixels)  # no copy: the file keeps each image together, columns first
-    for block in np.array_split(pixels, max(1, len(pixels) // 10000)):
-        block[...] = block.transpose(0, 1, 3, 2).copy()  # rows first, in place: the extra split fits in memory once
-    return Images(torch.from_numpy(pixels.reshape(-1, 3072)), torch.from_numpy(labels % 10))
+# ---- drawn digits ----
 
 
 def drawn_digits(data_dir: str, split: str, colour: bool) -> Images:
-    """The drawn digits of a split, as many of each as MNIST has; from data_dir where they were stored before."""
-    path = Path(data_dir, f"drawn-{'colour' if colour else 'grey'}-{split}-v{digits.VERSION}.npz")
+    """The drawn digits of a split, as many of each as MNIST has.
+
+    They are stored in data_dir when they are drawn, and read from there afterwards.
+    """
+    kind = "colour" if colour else "grey"
+    path = Path(data_dir, f"drawn-{kind}-{split}-v{digits.VERSION}.npz")
     try:
         with np.load(path) as stored:
-            pixels, labels = stored["pixels"], stored["labels"]
+            pixels = stored["pixels"]
+            labels = stored["labels"]
     except Exception:  # absent, damaged or unreadable: it can always be drawn again
-        pixels, labels = digits.draw(COURSE["class_counts"][split], {"train": 1, "test": 2}[split], colour)
-        buffer = io.BytesIO()
-        np.savez(buffer, pixels=pixels, labels=labels)
-        with contextlib.suppress(OSError):  # a folder that cannot be written to costs the drawing each time, no more
-            write(path, buffer.getvalue())
-            for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-                left_over.unlink(missing_ok=True)
+        seed = {"train": 1, "test": 2}[split]
+        pixels, labels = digits.draw(COURSE["class_counts"][split], seed, colour)
+        _store_drawn(path, pixels, labels)
     return Images(torch.from_numpy(pixels), torch.from_numpy(labels))
+
+
+def _store_drawn(path: Path, pixels: np.ndarray, labels: np.ndarray) -> None:
+    """Store them; a folder that cannot be written to costs the drawing each time, no more."""
+    buffer = io.BytesIO()
+    np.savez(buffer, pixels=pixels, labels=labels)
+    with contextlib.suppress(OSError):
+        write(path, buffer.getvalue())
+        for left_over in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+            left_over.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ from conftest import MNIST, needs_mnist, tree
 import run_fsvae
 import run_vae
 from codebase import data, digits, train
-from codebase.runtime import fetch
+from codebase.runtime import download
 from codebase.runtime.files import Missing, UsageError, model_path, state_path
 
 TEST_FILES = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -471,20 +472,20 @@ def choose(tmp_path, monkeypatch):
             path.touch()
 
         def put_files_in_place():
-            for path in fetch.files(real):
+            for path in download.files(real):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch()
 
-        def download(run):
-            if all(path.exists() for path in fetch.files(run)):
+        def fetch(run):
+            if all(path.exists() for path in download.files(run)):
                 return None
             tried.append(run)
             return put_files_in_place() if arrive else "no route to host"
 
-        monkeypatch.setattr(fetch, "download", download)
+        monkeypatch.setattr(download, "fetch", fetch)
         if present:
             put_files_in_place()
-        return fetch.resolve_data(asked, *runs.values()), bool(tried)
+        return download.resolve_data(asked, *runs.values()), bool(tried)
 
     run.tried = tried
     return run
@@ -574,6 +575,104 @@ def test_a_missing_checkpoint_is_named_before_anything_is_downloaded(choose, ask
     assert str(caught.value) == wanted + "run_vae.py --z 3 --run 4"
 
 
+RAW = Path("MNIST", "raw")
+MNIST_NAMES = tuple(data.COURSE["mnist_sha256"])
+
+
+def near(tmp_path, monkeypatch, there: list[str], data_dir: str = ".", model=run_vae, **flags):
+    """A run in this folder, from which these files cannot be downloaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(download, "fetch", lambda run: "no route to host")
+    for name in there:
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"the user's own")
+    return model.Run(data=model.Run.real_data, data_dir=data_dir, device="cpu", **flags)
+
+
+def banner(run, capsys) -> str:
+    """What is said where the digits take the place of the real data, and that the error line says it too."""
+    drawn = replace(run, data="digits")
+    assert download.resolve_data("auto", run, drawn) == "digits"
+    printed = capsys.readouterr().out
+    with pytest.raises(UsageError) as caught:
+        download.resolve_data(run.data, run, drawn)
+    for line in printed.splitlines():
+        if line.startswith("But "):
+            assert line.removeprefix("But ").removesuffix(".") in str(caught.value)
+    return printed
+
+
+def test_the_banner_names_where_it_looked(tmp_path, monkeypatch, capsys):
+    said = banner(near(tmp_path, monkeypatch, [], "data"), capsys)
+    assert f"Looked in {tmp_path / 'data' / RAW} for {', '.join(MNIST_NAMES)}." in said
+    assert "But" not in said
+
+
+DOTTED = [name.replace("-idx", ".idx") for name in MNIST_NAMES]
+NEAR = {  # the files that are there, --data_dir, what the banner says of them after "there is "
+    "the folder MNIST": (
+        [f"d/MNIST/raw/{name}" for name in MNIST_NAMES],
+        "d/MNIST",
+        "d/MNIST/raw/{0} (and 3 more): give --data_dir {tmp_path}/d",
+    ),
+    "the folder raw": (
+        [f"d/MNIST/raw/{name}" for name in MNIST_NAMES],
+        "d/MNIST/raw",
+        "d/MNIST/raw/{0} (and 3 more): give --data_dir {tmp_path}/d",
+    ),
+    "flat in the folder": (
+        [f"d/{name}" for name in MNIST_NAMES],
+        "d",
+        "d/{0} (and 3 more): mkdir -p d/MNIST/raw && mv d/{0} d/MNIST/raw/{0}, and the others likewise",
+    ),
+    "names with a dot": (
+        [f"d/MNIST/raw/{name}" for name in DOTTED],
+        "d",
+        "d/MNIST/raw/{1} (and 3 more): mv d/MNIST/raw/{1} d/MNIST/raw/{0}, and the others likewise",
+    ),
+    "packed": (
+        [f"d/MNIST/raw/{name}.gz" for name in MNIST_NAMES],
+        "d",
+        "d/MNIST/raw/{0}.gz (and 3 more): gunzip -c d/MNIST/raw/{0}.gz > d/MNIST/raw/{0}, and the others likewise",
+    ),
+    "one that is packed, with a dot, flat": (
+        [*(f"d/MNIST/raw/{name}" for name in MNIST_NAMES[1:]), f"d/{DOTTED[0]}.gz"],
+        "d",
+        "d/{1}.gz: gunzip -c d/{1}.gz > d/MNIST/raw/{0}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NEAR)
+def test_files_that_are_nearly_there_are_named_with_cure(case, tmp_path, monkeypatch, capsys):
+    there, data_dir, words = NEAR[case]
+    run = near(tmp_path, monkeypatch, there, data_dir)
+    before = tree(tmp_path)
+    said = banner(run, capsys)
+    assert f"But there is {words.format(MNIST_NAMES[0], DOTTED[0], tmp_path=tmp_path)}.\n" in said
+    assert "DRAWN DIGITS" in said and tree(tmp_path) == before
+
+
+def test_the_cure_of_packed_files_works_as_printed(tmp_path, monkeypatch):
+    name = MNIST_NAMES[0]
+    run = near(tmp_path, monkeypatch, [], "my data")
+    Path("my data").mkdir()
+    Path("my data", f"{name}.gz").write_bytes(gzip.compress(b"images"))
+    subprocess.run(download.near_miss(run).split(": ")[1], shell=True, check=True)
+    assert Path("my data", RAW, name).read_bytes() == b"images"
+
+
+def test_another_split_of_svhn_that_is_there_is_named(tmp_path, monkeypatch, capsys):
+    run = near(tmp_path, monkeypatch, ["d/train_32x32.mat", "d/test_32x32.mat"], "d", run_fsvae)
+    assert "But there is d/train_32x32.mat: give --split train to train on it.\n" in banner(run, capsys)
+
+
+def test_svhn_in_a_folder_below_is_named(tmp_path, monkeypatch, capsys):
+    run = near(tmp_path, monkeypatch, ["d/SVHN/extra_32x32.mat"], "d", run_fsvae)
+    assert "But there is d/SVHN/extra_32x32.mat: mv d/SVHN/extra_32x32.mat d/extra_32x32.mat.\n" in banner(run, capsys)
+
+
 @pytest.mark.parametrize("asked, train, stored", [("mnist", 1, []), ("mnist", 0, ["mnist"]), ("auto", 0, ["mnist"])])
 def test_files_that_cannot_be_had_are_listed_where_nothing_can_take_their_place(choose, tmp_path, asked, train, stored):
     with pytest.raises(UsageError) as caught:
@@ -603,7 +702,7 @@ def test_a_download_that_fails_leaves_no_new_folder_and_takes_none_away(there, t
     monkeypatch.setattr("torchvision.datasets.MNIST", fails)
     if there:
         (tmp_path / "data").mkdir()
-    assert fetch.download(mnist_run(tmp_path / "data")) == "no route to host"
+    assert download.fetch(mnist_run(tmp_path / "data")) == "no route to host"
     assert (tmp_path / "data").exists() == there
 
 
@@ -718,7 +817,7 @@ def test_an_fsvae_fetches_its_training_split_and_the_test_split(split, train, pr
     run = svhn_run(tmp_path, split=split, train=train)
     for name in present:
         (tmp_path / f"{name}_32x32.mat").write_bytes(b"the user's own")
-    assert fetch.download(run) is None
+    assert download.fetch(run) is None
     assert set(svhn_server.asked) == {f"{name}_32x32.mat" for name in wanted}
     files = {f"{name}_32x32.mat": b"the user's own" for name in present}
     assert tree(tmp_path) == files | {f"{name}_32x32.mat": svhn_server.files[f"{name}_32x32.mat"] for name in wanted}
@@ -727,9 +826,9 @@ def test_an_fsvae_fetches_its_training_split_and_the_test_split(split, train, pr
 def test_an_fsvae_does_without_the_test_split_where_it_cannot_be_had(tmp_path, svhn_server):
     run = svhn_run(tmp_path)
     del svhn_server.files["test_32x32.mat"]
-    assert "404" in fetch.download(run)
+    assert "404" in download.fetch(run)
     assert list(tree(tmp_path)) == ["train_32x32.mat"]
-    assert fetch.resolve_data("auto", run, replace(run, data="digits")) == "svhn"
+    assert download.resolve_data("auto", run, replace(run, data="digits")) == "svhn"
 
 
 @pytest.mark.parametrize(
@@ -760,27 +859,27 @@ def mnist_run(data_dir) -> run_vae.Run:
 
 def test_mnist_arrives_whole(mnist_server, tmp_path, capsys):
     run = mnist_run(tmp_path / "data")  # which is made
-    assert fetch.resolve_data("auto", run, replace(run, data="digits")) == "mnist"
+    assert download.resolve_data("auto", run, replace(run, data="digits")) == "mnist"
     assert tree(tmp_path / "data") == {f"MNIST/raw/{name}": content for name, content in mnist_server.raw.items()}
     assert {path.name for path in (tmp_path / "data").iterdir()} == {"MNIST"}
     assert "NO MNIST" not in capsys.readouterr().out
     asked = len(mnist_server.asked)
-    assert fetch.download(run) is None and len(mnist_server.asked) == asked  # what is there is not fetched again
+    assert download.fetch(run) is None and len(mnist_server.asked) == asked  # what is there is not fetched again
 
 
 def test_to_evaluate_fetches_no_file_twice(mnist_server, tmp_path):
     run = replace(mnist_run(tmp_path), train=0, test="all")
-    assert len(fetch.files(run)) == 2 and fetch.download(run) is None
+    assert len(download.files(run)) == 2 and download.fetch(run) is None
     asked = len(mnist_server.asked)
-    assert len(tree(tmp_path)) == 4 and fetch.download(mnist_run(tmp_path)) is None and len(mnist_server.asked) == asked
+    assert len(tree(tmp_path)) == 4 and download.fetch(mnist_run(tmp_path)) is None and len(mnist_server.asked) == asked
 
 
 def test_a_file_that_is_there_is_left_alone_by_a_download(mnist_server, tmp_path):
     run = mnist_run(tmp_path)
-    there, *missing = fetch.files(run)
+    there, *missing = download.files(run)
     there.parent.mkdir(parents=True)
     there.write_bytes(b"the user's own")
-    assert fetch.download(run) is None
+    assert download.fetch(run) is None
     assert there.read_bytes() == b"the user's own"
     assert all(path.read_bytes() == mnist_server.raw[path.name] for path in missing)
 
@@ -791,25 +890,25 @@ def test_a_mirror_that_does_not_answer_is_passed_over(mnist_server, tmp_path, mo
     with socket.create_server(("127.0.0.1", 0)) as closed:
         nobody = f"http://127.0.0.1:{closed.getsockname()[1]}/"
     monkeypatch.setattr(MNIST, "mirrors", [nobody, mnist_server.url])
-    assert fetch.download(mnist_run(tmp_path)) is None
+    assert download.fetch(mnist_run(tmp_path)) is None
     assert len(tree(tmp_path)) == 4
 
 
 def test_svhn_arrives_whole_and_is_read(svhn_server, tmp_path):
     run = svhn_run(tmp_path)
-    assert fetch.resolve_data("svhn", run, replace(run, data="digits")) == "svhn"
+    assert download.resolve_data("svhn", run, replace(run, data="digits")) == "svhn"
     assert [len(data.load(run, split)) for split in ("train", "test")] == [12, 5]  # with their checksums
     assert {path.name for path in tmp_path.iterdir()} == {"train_32x32.mat", "test_32x32.mat"}
 
 
 def test_a_slow_but_living_download_goes_on_with_a_visible_progress_bar(svhn_server, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(fetch, "SILENCE", 2)
+    monkeypatch.setattr(download, "SILENCE", 2)
     svhn_server.how = slowly
     del svhn_server.files["test_32x32.mat"]
     began = time.monotonic()
-    fetch.download(run := svhn_run(tmp_path))
-    assert time.monotonic() - began > fetch.SILENCE  # so that patience for the whole would not do
-    assert fetch.files(run)[0].read_bytes() == svhn_server.files["train_32x32.mat"]
+    download.fetch(run := svhn_run(tmp_path))
+    assert time.monotonic() - began > download.SILENCE  # so that patience for the whole would not do
+    assert download.files(run)[0].read_bytes() == svhn_server.files["train_32x32.mat"]
     shown = capfd.readouterr().err
     assert "100%" in shown and "B/s]" in shown
     assert shown.count("\r") > 4  # it moves
@@ -819,16 +918,16 @@ def test_a_slow_but_living_download_goes_on_with_a_visible_progress_bar(svhn_ser
 @pytest.mark.parametrize("which", ["mnist", "svhn"])
 def test_a_dead_download_is_given_up_and_leaves_nothing_behind(which, how, request, tmp_path, monkeypatch):
     server = request.getfixturevalue(f"{which}_server")
-    monkeypatch.setattr(fetch, "SILENCE", 1)
+    monkeypatch.setattr(download, "SILENCE", 1)
     server.how = how  # it hangs up after 60 seconds, which would be another reason
     run = mnist_run(tmp_path) if which == "mnist" else svhn_run(tmp_path)
-    assert fetch.download(run) == "no answer for 1 seconds"
+    assert download.fetch(run) == "no answer for 1 seconds"
     assert list(tmp_path.iterdir()) == []
     assert socket.getdefaulttimeout() is None
 
 
 def test_patience_with_a_silent_server_is_a_matter_of_seconds():
-    assert 5 <= fetch.SILENCE <= 20
+    assert 5 <= download.SILENCE <= 20
 
 
 @pytest.mark.parametrize("which", ["mnist", "svhn"])
@@ -845,22 +944,27 @@ def test_a_failed_download_leaves_nothing_behind_and_the_digits_take_its_place(w
         server.shutdown()
         server.socket.close()
     run = mnist_run(tmp_path) if which == "mnist" else svhn_run(tmp_path)
-    reason = fetch.download(run)
+    reason = download.fetch(run)
     words = {"not there": "404", "nobody listens": "refused"}.get(harm, "corrupted")
     assert words in reason and "\n" not in reason
     assert list(tmp_path.iterdir()) == []
-    assert fetch.resolve_data("auto", run, replace(run, data="digits")) == "digits"
+    assert download.resolve_data("auto", run, replace(run, data="digits")) == "digits"
     assert f"NO {which.upper()} ({reason})" in capsys.readouterr().out
     with pytest.raises(UsageError, match=f"{which.upper()} cannot be downloaded"):
-        fetch.resolve_data(which, run, replace(run, data="digits"))
+        download.resolve_data(which, run, replace(run, data="digits"))
 
 
 def test_a_signal_ends_a_download_and_leaves_nothing_behind(svhn_server, script, tmp_path):
     once = iter([signal.SIGTERM])  # a second one, by the other request, would find nobody who catches it
 
     def interrupting(content, over):
-        yield content[: len(content) // 2]
+        half = len(content) // 2
+        yield content[:half]
         if len(svhn_server.asked) == 2:  # torchvision asks for redirections first
+            # Its progress bar is at work before the half has arrived, and holds a lock for moments.
+            while sum(path.stat().st_size for path in place.rglob("*.mat")) < half - 2**15:
+                over.wait(0.01)
+            over.wait(0.05)
             for number in once:
                 os.kill(os.getpid(), number)
         over.wait(60)
@@ -878,13 +982,13 @@ def test_what_a_killed_download_left_is_removed_a_day_later(svhn_server, tmp_pat
         (tmp_path / name).mkdir()
         (tmp_path / name / "train_32x32.mat").write_bytes(b"half")
         os.utime(tmp_path / name, 2 * (time.time() - age,))
-    assert fetch.download(svhn_run(tmp_path)) is None
+    assert download.fetch(svhn_run(tmp_path)) is None
     assert {path.name for path in tmp_path.iterdir()} == {"train_32x32.mat", "test_32x32.mat", ".download-new"}
 
 
 def test_first_starts_at_the_same_time_do_not_disturb_each_other(mnist_server, tmp_path):
     run, answers = mnist_run(tmp_path / "data"), []
-    starts = [threading.Thread(target=lambda: answers.append(fetch.download(run))) for _ in range(4)]
+    starts = [threading.Thread(target=lambda: answers.append(download.fetch(run))) for _ in range(4)]
     try:
         for start in starts:
             start.start()
@@ -921,18 +1025,18 @@ def unwritable(request, tmp_path, monkeypatch) -> Path:
 def test_a_folder_that_cannot_be_written_to_gives_the_drawn_digits(mnist_server, unwritable, capsys, digits_dir):
     run = mnist_run(unwritable)
     drawn = replace(run, data="digits")
-    assert fetch.resolve_data("auto", run, drawn) == "digits"
+    assert download.resolve_data("auto", run, drawn) == "digits"
     assert "DRAWN DIGITS instead" in capsys.readouterr().out
     images = data.load(drawn, "test")
     assert torch.equal(images.pixels, data.drawn_digits(str(digits_dir), "test", colour=False).pixels)
     with pytest.raises(UsageError, match=r"MNIST cannot be downloaded.*by hand"):
-        fetch.resolve_data("mnist", run, drawn)
+        download.resolve_data("mnist", run, drawn)
 
 
 def test_a_folder_that_cannot_be_made_is_named(mnist_server, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UsageError, match=r"argument --data_dir: .*file/data cannot be made"):
-        fetch.download(mnist_run(tmp_path / "file" / "data"))
+        download.fetch(mnist_run(tmp_path / "file" / "data"))
 
 
 def test_drawn_digits_have_mnists_own_numbers_per_class(digits_dir):

@@ -1,14 +1,20 @@
 """The pictures: which image stands where, upright and in its colours; which number belongs to which axis or point."""
 
 import csv
+import importlib
+import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
-from matplotlib import image
+from conftest import Largest
+from matplotlib import image, pyplot
 from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 
+import codebase
 from codebase import figures
 from codebase.data import Images
 from codebase.models.fsvae import FSVAE
@@ -160,14 +166,15 @@ def test_every_row_of_the_styles_is_a_label_and_every_column_a_style(kind, decod
 @pytest.fixture
 def axes(monkeypatch) -> list:
     """The axes of every figure that is drawn from here on."""
-    made, subplots = [], figures.pyplot.subplots
+    made = []
+    subplots = Figure.subplots
 
-    def remembering(*args, **kwargs):
-        figure, axis = subplots(*args, **kwargs)
+    def remembering(figure, *args, **kwargs):
+        axis = subplots(figure, *args, **kwargs)
         made.extend(np.atleast_1d(axis).flatten())
-        return figure, axis
+        return axis
 
-    monkeypatch.setattr(figures.pyplot, "subplots", remembering)
+    monkeypatch.setattr(Figure, "subplots", remembering)
     return made
 
 
@@ -181,7 +188,7 @@ def test_the_confusion_matrix_has_true_digits_as_rows_and_assigned_ones_as_colum
     assert written == {(7, 2): "5", (8, 8): "30", (1, 8): "10"}  # (x, y)
     assert [label.get_text() for label in axis.get_xticklabels()] == list("0123456789")
     pixels = image.imread(tmp_path / "confusion.png")
-    colour, scale = figures.pyplot.get_cmap("cividis"), 110 / axis.figure.dpi
+    colour, scale = matplotlib.colormaps["cividis"], 110 / axis.figure.dpi
     for (true, assigned), share in {(2, 7): 1, (7, 2): 0, (8, 8): 0.75, (8, 1): 0.25, (1, 8): 0}.items():
         x, y = axis.transData.transform((assigned + 0.4, true + 0.4)) * scale  # beside the number that is written there
         found = pixels[int(len(pixels) - y), int(x), :3]
@@ -365,3 +372,54 @@ def test_the_curves_of_a_run_that_has_just_begun_are_drawn(rows, tmp_path):
     head = "step,loss,nelbo,kl,rec,seconds\n" if rows else "step,seconds\n"
     (tmp_path / "metrics.csv").write_text(head + "37,5.0,5.0,2.0,3.0,0.1\n" * rows)
     assert figures.curves(tmp_path) == ["curves.png"] and (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_pictures_leave_a_notebooks_backend_and_figures(tmp_path, monkeypatch):
+    before = pyplot.get_backend()
+    pyplot.switch_backend("svg")
+    mine = pyplot.figure()
+    monkeypatch.setattr(codebase, "figures", figures)  # put back after the import below
+    monkeypatch.delitem(sys.modules, "codebase.figures")
+    try:
+        imported = importlib.import_module("codebase.figures")
+        imported.grid(torch.rand(20, 784), tmp_path / "grid.png")
+        imported.confusion(torch.ones(10, 10), tmp_path / "confusion.png")
+        assert pyplot.get_backend() == "svg"
+        assert pyplot.get_fignums() == [mine.number]
+    finally:
+        pyplot.close(mine)
+        pyplot.switch_backend(before)
+
+
+def test_a_latent_map_needs_no_square_of_z(tmp_path):
+    """Five thousand dimensions: neither the matrix z_dim x z_dim nor all images' z at once is made."""
+    model = VAE(z_dim=5000)
+    with Largest() as largest:
+        figures.latent(model, inked(900), tmp_path / "latent.png")
+    assert largest.elements <= 900 * 5000
+
+
+def test_a_latent_map_is_the_same_each_time_and_draws_nothing(axes, tmp_path):
+    torch.manual_seed(0)
+    model, images = spread_out(VAE(z_dim=100)), inked(200)
+    state = torch.get_rng_state()
+    figures.latent(model, images, tmp_path / "latent.png")
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    figures.latent(model, images, tmp_path / "latent.png")
+    first, second = (points(axis) for axis in axes)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_wide_latent_map_agrees_with_exact_axes(axes, tmp_path):
+    torch.manual_seed(0)
+    model, images = spread_out(VAE(z_dim=300)), inked(400)
+    z = model.enc(images.pixels / 255)[0].detach().double()
+    figures.latent(model, images, tmp_path / "latent.png")
+    found = points(axes[0])
+    shown = torch.cat([found[str(digit)] for digit in range(10)])
+    centred = torch.cat([z[images.labels == digit] for digit in range(10)]) - z.mean(0)
+    wanted = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].T
+    for component in range(2):
+        both = torch.stack([shown[:, component], wanted[:, component]])
+        assert abs(torch.corrcoef(both)[0, 1]) > 0.999

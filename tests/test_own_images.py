@@ -178,6 +178,65 @@ def test_a_compressed_file_is_read(own):
     lines(own("vae", "--iter_max", 1, content=buffer.getvalue()))
 
 
+def test_grey_images_may_have_an_axis_of_one_channel(read):
+    x = grey(60)
+    wanted = read("train", x=x)
+    for given in (x[..., None], x[:, None], x[:, None] / 255):
+        assert torch.equal(read("train", x=given).pixels, wanted.pixels), given.shape
+
+
+def test_colour_images_may_have_their_channels_first(read):
+    x = colour(60)
+    wanted = read("train", in_colour=True, x=x)
+    first = read("train", in_colour=True, x=x.transpose(0, 3, 1, 2))
+    assert torch.equal(first.pixels, wanted.pixels)
+
+
+def test_labels_may_be_a_column(read):
+    wanted = read("train", labelled=True, x=grey(60), y=labels(60))
+    column = read("train", labelled=True, x=grey(60), y=labels(60)[:, None])
+    assert torch.equal(column.labels, wanted.labels) and column.labels.shape == (54,)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("held_out", [True, False])
+def test_names_of_keras_are_read(split, held_out, read):
+    test = {} if held_out else {"x_test": grey(7, seed=1), "y_test": np.arange(7)}
+    wanted = read(split, x=grey(60), y=labels(60), **test)
+    found = read(split, x_train=grey(60), y_train=labels(60), **test)
+    assert torch.equal(found.pixels, wanted.pixels) and torch.equal(found.labels, wanted.labels)
+
+
+UNUSED = {
+    "label 10": labels(60) + 1,
+    "label -5": labels(60) - 5,
+    "floats": labels(60) / 10,
+    "one-hot": np.eye(10, dtype=int)[labels(60)],
+    "words": np.array(["shirt"] * 60),
+    "objects": np.array([object()] * 60),
+    "too few": labels(59),
+    "a number": np.array(3),
+    "none of them": np.zeros(0, int),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSED)
+def test_labels_that_nothing_needs_are_not_refused(kind, read, capsys):
+    arrays = {"x": grey(60), "y": UNUSED[kind]}
+    for split in ("train", "test"):
+        assert set(read(split, **arrays).labels.tolist()) == {-1}
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(said) == 1
+    assert said[0].startswith("warning: y of ") and said[0].endswith("mine.npz is not labels 0 to 9 and is not used")
+
+
+@pytest.mark.parametrize("model", ["vae", "gmvae"])
+def test_a_model_without_labels_trains_beside_any(model, own, tmp_path):
+    said = lines(own(model, "--iter_max", 2, content=packed(x=grey(60), y=labels(60) * 100), plots=True))
+    assert sum("is not labels 0 to 9 and is not used" in line for line in said) == 1
+    assert (tmp_path / "logs" / NAMES[model] / "latent.png").stat().st_size > 1000
+
+
 def test_the_last_tenth_is_held_out_and_nothing_is_in_both_splits(read):
     x, y = grey(47), labels(47)
     train, test = (read(split, x=x, y=y) for split in ("train", "test"))
@@ -276,16 +335,25 @@ def held(model: str, **changes) -> bytes:
 X, F = grey(60), grey(60) / 255
 WRONG = {  # script, content, words of the line
     "no images": ("vae", packed(pixels=X), "has no images x"),
+    "no images, and what is there": ("vae", packed(pixels=X, y=labels(60)),
+        "no images x or x_train; it holds pixels (60, 28, 28), y (60,)"),
+    "no images but objects": ("vae", packed(pixels=np.array([object()])), "it holds pixels (objects)"),
+    "no arrays": ("vae", packed(), "no images x or x_train; it holds nothing"),
+    "images twice": ("vae", packed(x=X, x_train=X), "has both x and x_train: keep the one that is meant"),
+    "labels twice": ("ssvae", held("ssvae", y_train=labels(60)), "has both y and y_train"),
     "a number for images": ("vae", packed(x=np.array(3)), "of shape"),
     "an empty array": ("vae", packed(x=X[:0]), "shape"),
     "one image": ("vae", packed(x=X[:1]), "one image"),
     "32 pixels": ("vae", packed(x=np.zeros((60, 32, 32))), "of shape (n, 28, 28) or (n, 784), not ("),
     "rows of 783": ("vae", packed(x=np.zeros((60, 783))), ", 783)"),
     "one axis": ("vae", packed(x=np.zeros(60)), "shape"),
-    "a channel too many": ("vae", packed(x=np.zeros((60, 28, 28, 1))), ", 28, 28, 1)"),
+    "a channel too many": ("vae", packed(x=np.zeros((60, 28, 28, 2))), ", 28, 28, 2)"),
+    "rows in a channel": ("vae", packed(x=np.zeros((60, 1, 784))), ", 1, 784)"),
     "colour for a VAE": ("vae", held("fsvae"), "(n, 784)"),
     "grey for an FSVAE": ("fsvae", held("vae"), "of shape (n, 32, 32, 3), not ("),
-    "channels first": ("fsvae", held("fsvae", x=np.zeros((60, 3, 32, 32))), ", 3, 32, 32)"),
+    "channels between": ("fsvae", held("fsvae", x=np.zeros((60, 32, 3, 32))), ", 32, 3, 32)"),
+    "Keras's images of another shape": ("vae", packed(x_train=np.zeros((60, 9))), "should have x_train of shape"),
+    "Keras's labels to 10": ("ssvae", packed(x_train=X, y_train=labels(60) + 1), "should have y_train with labels"),
     "test images of another shape": ("vae", held("vae", x_test=np.zeros((5, 32, 32))), "x_test"),
     "a number for test images": ("vae", held("vae", x_test=np.array(3)), "x_test"),
     "words": ("vae", packed(x=np.full((60, 784), "a")), "whole numbers or floats"),
@@ -294,6 +362,7 @@ WRONG = {  # script, content, words of the line
     "pickled labels": ("ssvae", held("ssvae", y=np.array([object()] * 60)), "holds pickled objects"),
     "floats to 255": ("vae", packed(x=X.astype(np.float32)), "from 0 to 1, not from 0 to 255; divide them by 255"),
     "floats below zero": ("vae", packed(x=F - 0.5), "from 0 to 1, not from -0.5 to 0.5"),
+    "floats from -1": ("vae", packed(x=2 * F - 1), "if they are scaled to -1 to 1, add 1 and divide by 2"),
     "floats to 1000": ("vae", packed(x=F * 1000), "from 0 to 1, not from 0 to 1000"),
     "whole numbers to 256": ("vae", packed(x=X.astype(int) + 1), "from 0 to 255, not from 1 to 256"),
     "whole numbers below zero": ("vae", packed(x=X.astype(int) - 1), "from 0 to 255, not from -1 to 254"),
@@ -308,14 +377,13 @@ WRONG = {  # script, content, words of the line
     "no test labels": ("ssvae", held("ssvae", x_test=X[:5]), "y_test, the labels, which this model needs"),
     "test labels without images": ("vae", held("vae", y_test=labels(5)), "has y_test and no images x_test"),
     "label 10": ("ssvae", held("ssvae", y=labels(60) + 1), "labels 0 to 9, not"),
-    "label 10 for a VAE": ("vae", held("vae", y=labels(60) + 1), "labels 0 to 9, not"),
     "label -1": ("ssvae", held("ssvae", y=labels(60) - 1), "labels 0 to 9, not"),
-    "label -5 for a VAE": ("vae", held("vae", y=labels(60) - 5), "labels 0 to 9, not"),
     "label 10 of an FSVAE's test image": ("fsvae", held("fsvae", x_test=colour(5), y_test=np.full(5, 10)), "y_test"),
     "float labels": ("ssvae", held("ssvae", y=labels(60) + 0.0), "whole numbers"),
     "one-hot labels": ("ssvae", held("ssvae", y=np.eye(10)[labels(60)].astype(int)), "y"),
     "too few labels": ("ssvae", held("ssvae", y=labels(59)), "of shape"),
-    "a number for labels": ("vae", held("vae", y=np.array(3)), "y"),
+    "a number for labels": ("ssvae", held("ssvae", y=np.array(3)), "y"),
+    "two columns of labels": ("ssvae", held("ssvae", y=np.zeros((60, 2), int)), "of shape (60,)"),
     "a .npy renamed": ("vae", as_npy(X), "no .npz file"),
     "empty": ("vae", b"", "no .npz file"),
     "text": ("vae", b"no file of numpy's at all\n" * 100, "no .npz file"),

@@ -23,7 +23,7 @@ from scipy.io import savemat
 from codebase import checkpoint, data, digits, evaluate, train
 from codebase.models.fsvae import FSVAE
 from codebase.models.vae import VAE
-from codebase.runtime import fetch, options, report
+from codebase.runtime import download, options, report
 from codebase.runtime.launch import launch
 from codebase.runtime.processes import Processes
 
@@ -621,10 +621,10 @@ def test_shipped_weights_are_named_from_elsewhere(main, tmp_path):
 
 @pytest.fixture
 def no_download(monkeypatch):
-    def download(run):
-        assert all(path.exists() for path in fetch.files(run)), "nothing should be downloaded here"
+    def fetch(run):
+        assert all(path.exists() for path in download.files(run)), "nothing should be downloaded here"
 
-    monkeypatch.setattr(fetch, "download", download)
+    monkeypatch.setattr(download, "fetch", fetch)
 
 
 @pytest.mark.parametrize("model", NAMES)

@@ -11,7 +11,7 @@ from conftest import MNIST, ROOT, needs_mnist, same, tree
 
 from codebase import checkpoint
 from codebase.models.vae import VAE
-from codebase.runtime import fetch
+from codebase.runtime import download
 
 FILES = {
     "vae": "model=vae_z=10_run=2021/model-20000.pt",
@@ -33,10 +33,10 @@ def fresh(tmp_path, no_network, monkeypatch):
         shutil.copy(ROOT / "checkpoints" / ".gitignore", tmp_path / "checkpoints")
         return place.parent.name
 
-    def download(run):
-        assert all(path.exists() for path in fetch.files(run)), "a download was tried"
+    def fetch(run):
+        assert all(path.exists() for path in download.files(run)), "a download was tried"
 
-    monkeypatch.setattr(fetch, "download", download)
+    monkeypatch.setattr(download, "fetch", fetch)
     return copy
 
 

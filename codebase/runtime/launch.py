@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from codebase.runtime import fetch, files, options
+from codebase.runtime import download, files, options
 from codebase.runtime.options import Run
 from codebase.runtime.signals import ENDING, handled_signals
 
@@ -129,7 +129,7 @@ def resolve(kind: type[Run], values: dict[str, Any], group) -> Run:
     files.require(values["batch_size"] >= group.size, f"argument --batch_size: {enough}")
     asked = kind(**values)
     real, digits = (asked if asked.own_images else replace(asked, data=data) for data in (kind.real_data, "digits"))
-    data = group.first(lambda: fetch.resolve_data(values["data"], real, digits))
+    data = group.first(lambda: download.resolve_data(values["data"], real, digits))
     return replace(real, data=data, device=device)
 
 

@@ -3,64 +3,74 @@
 
 import sys
 
-if __name__ == "__main__":
-    from codebase.runtime import interrupts
+if __name__ == "__main__":  # before the imports that take time
+    from codebase.runtime.signals import interrupt_in_one_line
 
-    interrupts.in_one_line()  # before the imports that take time
+    interrupt_in_one_line()
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 from codebase.runtime import options
 from codebase.runtime.launch import launch
-from codebase.runtime.options import flag, number
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run(options.Run):
-    model = "fsvae"
-    real_data = "svhn"
-    needs_labels = True
-    split: str = flag("extra", ["extra", "train", "test"], "training images", weights=True)
-    iter_max: int = flag(1_000_000, number(int, 1, 10**9), "training steps; with --train 0, the checkpoint to load")
+def parse(argv: Sequence[str] | None = None) -> options.Run:
+    parser = options.Parser(__doc__, real_data="svhn", iter_max=1_000_000)
+    splits = ["extra", "train", "test"]
+    parser.data.add_argument("--split", choices=splits, default="extra", help="training images")
+    args = parser.parse_args(argv)
+    stem = "fsvae"
+    if args.split != "extra":
+        stem += f"_split={args.split}"
+    return parser.settle(args, stem, fix_weights=["split"], needs_labels=True)
 
-    def stem(self) -> str:
-        return "fsvae" + (f"_split={self.split}" if self.split != "extra" else "")
 
+def one_run(run: options.Run, processes) -> dict[str, float]:
+    # Imported here, so that a command line is checked before torch is loaded.
+    import torch
 
-def one_run(run: Run, group) -> dict[str, float]:
-    import torch  # only here, and what needs it: the command line is checked before it is loaded
-
-    from codebase import data, evaluate, figures, train
+    from codebase import data, evaluate, plots
     from codebase.models.fsvae import FSVAE
-    from codebase.runtime import report
+    from codebase.runtime import log
+    from codebase.train import train_or_load
 
-    unseen = run.data != "svhn" or (run.split != "test" and Path(run.data_dir, "test_32x32.mat").exists())
-    images = data.load(run, "train") if run.train or not unseen else []
-    test = data.load(run, "test") if unseen else images
+    # Data: where there are no test images that were not trained on, training images stand in.
+    has_test_set = data.has_test_set(run)
+    train_set = []
+    if run.train or not has_test_set:
+        train_set = data.load(run, "train")
+    test_set = data.load(run, "test") if has_test_set else train_set
 
-    def batch(index: torch.Tensor) -> tuple[tuple, tuple]:
-        return (images.scaled(index), images.one_hot(index)), ()
-
-    def watch(step: int) -> dict[str, float]:
-        figures.of_fsvae(model, f"samples-{step:07d}")
-        return evaluate.conditional_bound(model, test, 1000) if unseen else {}
-
+    # Model
     torch.manual_seed(run.seed)
     model = FSVAE(run.name).to(run.device)
-    train.train_or_load(model, batch, len(images), run, group, watch)
 
-    found = evaluate.conditional_bound(model, test)
-    report.check(found)
-    if group.main:
-        evaluated_on = "test split" if unseen else "training images"
-        report.results(run, found, figures.of_fsvae(model, "samples"), len(test), evaluated_on=evaluated_on)
-        report.bounds(found, "" if unseen else " (on training images)")
-    return found
+    # Training
+    def batch(index):
+        return train_set.scaled(index), train_set.one_hot(index)
+
+    def evaluate_checkpoint(step):
+        plots.of_fsvae(model, f"samples-{step:07d}")
+        if not has_test_set:
+            return {}
+        return evaluate.conditional_bound(model, test_set, most=1000)
+
+    train_or_load(model, batch, len(train_set), run, processes, evaluate_checkpoint)
+
+    # Evaluation
+    metrics = evaluate.conditional_bound(model, test_set)
+
+    # What is stored, drawn and printed
+    if processes.main:
+        evaluated_on = "test split" if has_test_set else "training images"
+        log.store_results(run, metrics, len(test_set), evaluated_on=evaluated_on)
+        log.print_files(run, plots.of_fsvae(model))
+        evaluate.print_bounds(metrics, "" if has_test_set else " (on training images)")
+    return metrics
 
 
-def main(argv: list[str] | None = None) -> int:
-    return launch(Run, one_run, __doc__, argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    return launch(parse, one_run, argv)
 
 
 if __name__ == "__main__":

@@ -3,61 +3,71 @@
 
 import sys
 
-if __name__ == "__main__":
-    from codebase.runtime import interrupts
+if __name__ == "__main__":  # before the imports that take time
+    from codebase.runtime.signals import interrupt_in_one_line
 
-    interrupts.in_one_line()  # before the imports that take time
+    interrupt_in_one_line()
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from codebase.runtime import options
 from codebase.runtime.launch import launch
-from codebase.runtime.options import flag, number
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run(options.BinaryRun):
-    model = "gmvae"
-    k: int = flag(500, number(int, 1, 100_000), "components of the mixture prior", weights=True)
+def parse(argv: Sequence[str] | None = None) -> options.Run:
+    parser = options.Parser(__doc__)
+    options.add_vae_flags(parser)
+    components = options.whole(1, 100_000)
+    text = "components of the mixture prior"
+    parser.model.add_argument("--k", type=components, default=500, help=text)
+    args = parser.parse_args(argv)
+    stem = f"gmvae_z={args.z:02d}_k={args.k:03d}{options.loss_name(parser, args)}"
+    return parser.settle(args, stem, fix_weights=["z", "k", "beta", "train_iw"])
 
-    def stem(self) -> str:
-        return f"gmvae_z={self.z:02d}_k={self.k:03d}{self.weighted()}"
 
+def one_run(run: options.Run, processes) -> dict[str, float]:
+    # Imported here, so that a command line is checked before torch is loaded.
+    import torch
 
-def one_run(run: Run, group) -> dict[str, float]:
-    import torch  # only here, and what needs it: the command line is checked before it is loaded
-
-    from codebase import data, evaluate, figures, train
+    from codebase import data, evaluate, plots
     from codebase.models.gmvae import GMVAE
-    from codebase.runtime import report
+    from codebase.runtime import log
+    from codebase.train import train_or_load
 
-    test = data.load(run, "test")
-    images = data.load(run, "train") if run.train else test
-    subset = data.test_subset(test)
+    # Data: bytes in memory, on the device. Training images are binarised afresh in every step.
+    test_set = data.load(run, "test")
+    train_set = data.load(run, "train") if run.train else test_set
+    subset = data.test_subset(test_set)
 
+    # Model
     torch.manual_seed(run.seed)
-    model = GMVAE(z_dim=run.z, k=run.k, name=run.name, beta=run.beta, train_iw=run.train_iw).to(run.device)
+    model = GMVAE(run.z, run.k, run.name, beta=run.beta, train_iw=run.train_iw).to(run.device)
 
-    def batch(index: torch.Tensor) -> tuple[tuple, tuple]:
-        return (images.binary(index),), ()
+    # Training
+    def batch(index):
+        return (train_set.binary(index),)
 
-    def watch(step: int) -> dict[str, float]:
-        return evaluate.bounds(model, subset, ())
+    def evaluate_checkpoint(step):
+        return evaluate.bounds(model, subset, ms=[])
 
-    train.train_or_load(model, batch, len(images), run, group, watch)
+    train_or_load(model, batch, len(train_set), run, processes, evaluate_checkpoint)
 
-    x = data.test_subset(test, run.test)
-    found = evaluate.bounds(model, x, () if run.train else run.iw, group=group, progress=True)
-    found |= evaluate.latent_use(model, test)
-    report.check(found)
-    if group.main:
-        report.results(run, found, figures.of_binary_vae(model, subset, test), len(test), len(x))
-        report.bounds(found)
-    return found
+    # Evaluation: the bounds of the test images that --test names
+    x = data.test_subset(test_set, run.test)
+    ms = [] if run.train else run.iw
+    metrics = evaluate.bounds(model, x, ms, processes=processes, progress=True)
+    metrics.update(evaluate.latent_use(model, test_set))
+
+    # What is stored, drawn and printed
+    if processes.main:
+        log.store_results(run, metrics, len(test_set), bounded=len(x))
+        log.print_files(run, plots.of_vae(model, subset, test_set))
+        evaluate.print_bounds(metrics)
+    return metrics
 
 
-def main(argv: list[str] | None = None) -> int:
-    return launch(Run, one_run, __doc__, argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    return launch(parse, one_run, argv)
 
 
 if __name__ == "__main__":

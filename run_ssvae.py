@@ -1,75 +1,94 @@
 #!/usr/bin/env python3
-"""Problem 4: classify MNIST from 100 labels with a semi-supervised VAE; --gw 0 trains the classifier alone."""
+"""Problem 4: classify MNIST from 100 labels with a semi-supervised VAE.
+
+--gw 0 trains the classifier alone.
+"""
 
 import sys
 
-if __name__ == "__main__":
-    from codebase.runtime import interrupts
+if __name__ == "__main__":  # before the imports that take time
+    from codebase.runtime.signals import interrupt_in_one_line
 
-    interrupts.in_one_line()  # before the imports that take time
+    interrupt_in_one_line()
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from codebase.runtime import files, options
+from codebase.runtime import options
 from codebase.runtime.launch import launch
-from codebase.runtime.options import flag, number
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run(options.Run):
-    model = "ssvae"
-    needs_labels = True
-    gw: int = flag(1, number(int, 0, 999_999), "weight of the bound; 0 trains the classifier alone", weights=True)
-    cw: int = flag(100, number(int, 0, 999_999), "weight of the classification loss", weights=True)
-    labels: int = flag(100, number(int, 10, 50_000), "labelled images, as many of each digit", weights=True)
-    iter_max: int = flag(30_000, number(int, 1, 10**9), "training steps; with --train 0, the checkpoint to load")
+def parse(argv: Sequence[str] | None = None) -> options.Run:
+    parser = options.Parser(__doc__, iter_max=30_000)
+    weight = options.whole(0, 999_999)
+    text = "weight of the bound in the loss; 0 trains the classifier alone"
+    parser.model.add_argument("--gw", type=weight, default=1, help=text)
+    text = "weight of the classification loss"
+    parser.model.add_argument("--cw", type=weight, default=100, help=text)
+    text = "labelled images, a multiple of ten: as many of each digit"
+    parser.data.add_argument("--labels", type=options.whole(10, 50_000), default=100, help=text)
+    args = parser.parse_args(argv)
+    if args.gw == 0 and args.cw == 0:
+        parser.error("argument --cw: takes at least 1 with --gw 0, else nothing is trained")
+    if args.labels % 10 != 0:
+        parser.error(f"argument --labels: takes a multiple of ten, not {args.labels}")
+    stem = f"ssvae_gw={args.gw:03d}_cw={args.cw:03d}"
+    if args.labels != 100:
+        stem += f"_labels={args.labels}"
+    return parser.settle(args, stem, fix_weights=["gw", "cw", "labels"], needs_labels=True)
 
-    def __post_init__(self):
-        super().__post_init__()
-        files.require(self.gw or self.cw, "argument --cw: takes at least 1 with --gw 0, else nothing is trained")
-        files.require(self.labels % 10 == 0, f"argument --labels: takes a multiple of ten, not {self.labels}")
 
-    def stem(self) -> str:
-        return f"ssvae_gw={self.gw:03d}_cw={self.cw:03d}" + (f"_labels={self.labels}" if self.labels != 100 else "")
+def one_run(run: options.Run, processes) -> dict[str, float]:
+    # Imported here, so that a command line is checked before torch is loaded.
+    import torch
 
-
-def one_run(run: Run, group) -> dict[str, float]:
-    import torch  # only here, and what needs it: the command line is checked before it is loaded
-
-    from codebase import data, evaluate, figures, train
+    from codebase import data, evaluate, plots
     from codebase.models.ssvae import SSVAE
-    from codebase.runtime import report
+    from codebase.runtime import log
+    from codebase.train import train_or_load
 
-    test = data.load(run, "test")
-    images = data.load(run, "train") if run.train else test
-    labelled = data.labelled_set(images, run.labels) if run.train else test
+    # Data: a step takes all of 100 labelled images, or 100 of more.
+    test_set = data.load(run, "test")
+    train_set = test_set
+    labelled = test_set
+    if run.train:
+        train_set = data.load(run, "train")
+        labelled = data.labelled_set(train_set, run.labels)
     everyone = torch.arange(run.labels, device=run.device)
 
-    def batch(index: torch.Tensor) -> tuple[tuple, tuple]:
-        some = everyone if run.labels <= 100 else torch.randint(run.labels, (100,), device=run.device)
-        return (images.binary(index),), (labelled.binary(some), labelled.one_hot(some))
-
-    def watch(step: int) -> dict[str, float]:
-        return {"accuracy": evaluate.accuracy(evaluate.confusion(model, test))}
-
+    # Model
     torch.manual_seed(run.seed)
     model = SSVAE(run.gw, run.cw, run.name).to(run.device)
-    train.train_or_load(model, batch, len(images), run, group, watch)
 
-    counts = evaluate.confusion(model, test)
-    found = {"accuracy": evaluate.accuracy(counts)}
-    report.check(found)
-    if group.main:
-        of_each_digit = (counts.diag() / counts.sum(1).clamp(min=1)).tolist()
-        tables = {"confusion": counts.tolist(), "per_digit_accuracy": of_each_digit}
-        report.results(run, found, figures.of_ssvae(model, counts), len(test), **tables)
-        report.confusion(counts.tolist())
-        print(f"Test set classification accuracy: {found['accuracy']}{report.tested_on(run, len(test))}")
-    return found
+    # Training
+    def batch(index):
+        chosen = everyone
+        if run.labels > 100:
+            chosen = torch.randint(run.labels, (100,), device=run.device)
+        return train_set.binary(index), labelled.binary(chosen), labelled.one_hot(chosen)
+
+    def evaluate_checkpoint(step):
+        return {"accuracy": evaluate.accuracy(evaluate.confusion_matrix(model, test_set))}
+
+    train_or_load(model, batch, len(train_set), run, processes, evaluate_checkpoint)
+
+    # Evaluation: the accuracy on the grey images of the test set
+    confusion = evaluate.confusion_matrix(model, test_set)
+    metrics = {"accuracy": evaluate.accuracy(confusion)}
+
+    # What is stored, drawn and printed
+    if processes.main:
+        per_digit = confusion.diag() / confusion.sum(1).clamp(min=1)
+        tables = {"confusion": confusion.tolist(), "per_digit_accuracy": per_digit.tolist()}
+        log.store_results(run, metrics, len(test_set), tables=tables)
+        log.print_files(run, plots.of_ssvae(model, confusion))
+        evaluate.print_confusion(confusion)
+        remark = log.remark_on(run, len(test_set))
+        print(f"Test set classification accuracy: {metrics['accuracy']}{remark}")
+    return metrics
 
 
-def main(argv: list[str] | None = None) -> int:
-    return launch(Run, one_run, __doc__, argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    return launch(parse, one_run, argv)
 
 
 if __name__ == "__main__":

@@ -1,170 +1,231 @@
-"""Weights and training state in files. Files are read, never run; what they hold is checked before it is used."""
+"""Weights and training state in files. Files are read, never run, and checked before use."""
 
 import io
-import math
 import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from codebase.runtime.files import Missing, UsageError, log_dir, model_path, require, state_path, stored_steps, write
+from codebase.runtime.files import (
+    Missing,
+    UsageError,
+    checkpoint_dir,
+    log_dir,
+    model_path,
+    require,
+    state_path,
+    stored_steps,
+    write,
+)
 from codebase.runtime.options import Run
 
 RESTART = "choose another --run, or --overwrite 1 to start over"
 IGNORED_KEYS = {"x_v", "y_prior"}  # constants that some existing files carry
-OPTIONAL_KEYS = {"z_prior_m", "z_prior_v"}  # constants that some existing files lack
-NESTS = ("state_dict", "model_state_dict")  # keys under which other programs store weights
-WRAPPED = re.compile(r"(module\.|_orig_mod\.)+")  # what DataParallel and torch.compile put first
-FORMAT = 2  # of state files; a state of another format is refused
-STATE = {"step", "settings", "model", "table", "optimizer", "random"}
-LOGS = re.compile(
+CONSTANT_KEYS = {"z_prior_m", "z_prior_v"}  # constants that some existing files lack
+FORMAT = 3  # of state files; a state of another format is refused
+STATE_KEYS = {"step", "settings", "compiled", "processes", "model", "optimizer", "metrics"}
+WRITTEN_LOGS = re.compile(
     r"(metrics|test)\.csv|(config|results)\.json"
     r"|(samples(-\d{7,})?|reconstructions|interpolations|latent|curves|confusion|styles)\.png"
 )
 
 
+# ---------------------------------------------------------------------------------------------
+# Weights
+
+
 def save_model_by_name(model: nn.Module, global_step: int) -> Path:
-    """Write the model's state_dict, on the CPU, as checkpoints/<model.name>/model-<step>.pt; return the path."""
+    """Write the model's weights as checkpoints/<model.name>/model-<step>.pt; return the path.
+
+    The file is a bare state_dict of tensors on the CPU.
+    """
     path = model_path(model.name, global_step)
-    _write_tensors(path, {key: value.detach().cpu() for key, value in model.state_dict().items()})
+    write_tensors(path, {key: value.detach().cpu() for key, value in model.state_dict().items()})
     return path
 
 
-def load_model_by_name(model: nn.Module, global_step: int, device: torch.device | str | None = None) -> nn.Module:
-    """Load checkpoints/<model.name>/model-<step>.pt into the model, then move it to the device if one is given.
+def load_model_by_name(
+    model: nn.Module, global_step: int, device: torch.device | str | None = None
+) -> nn.Module:
+    """Load checkpoints/<model.name>/model-<step>.pt into the model; move it to the device, if any.
 
-    Returns the model. Raises Missing (a FileNotFoundError) where there is no such file, UsageError where the file is
-    damaged, would run code, belongs to another model or holds values that are not finite; the model is then unchanged.
+    Returns the model. Raises Missing (a FileNotFoundError) where there is no such file, and
+    UsageError where the file is damaged, would run code, belongs to another model or holds values
+    that are not finite; the model is then unchanged.
     """
     model.load_state_dict(read_weights(model, global_step))
-    return model if device is None else model.to(device)
+    if device is not None:
+        model.to(device)
+    return model
 
 
-def read_weights(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
-    """The weights in checkpoints/<model.name>/model-<step>.pt, checked to be the model's; raises as above."""
+def read_weights(model: nn.Module, step: int) -> dict[str, Tensor]:
+    """The weights of checkpoints/<model.name>/model-<step>.pt; raises as load_model_by_name."""
     path = model_path(model.name, step)
-    return check_weights(path, _read_tensors(path), model)
+    return check_weights(path, read_tensors(path), model)
 
 
-def check_weights(path: Path, stored: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's keys of stored; constants of OPTIONAL_KEYS that it lacks are the model's own.
+def check_weights(path: Path, stored: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights among those stored in a file.
 
-    Raises UsageError unless it has the others, and them alone, with their shapes and finite values.
+    Raises UsageError unless the file has the model's keys alone, with their shapes and finite
+    values. Constants that it lacks keep the model's own values.
     """
-    _refuse_wrapped(path, stored)
-    expected = model.state_dict()
-    constants = {key: value for key, value in expected.items() if key in OPTIONAL_KEYS}
-    stored = constants | stored
-    for key in (expected.keys() ^ stored.keys()) - IGNORED_KEYS:
-        what = f"it has no {key}" if key in expected else f"it has {key}, which the model has not"
-        raise UsageError(f"{path} is of another model than {model.name}: {what}")
-    for key, value in expected.items():
-        shape, found = tuple(value.shape), tuple(getattr(stored[key], "shape", ()))
-        require(found == shape, f"{path}: {key} should be of shape {shape}, found {found}")
-        require(bool(torch.isfinite(stored[key]).all()), f"{path}: {key} holds values that are not finite")
-    return {key: stored[key] for key in expected}
-
-
-def _refuse_wrapped(path: Path, stored: dict[str, Any]) -> None:
-    """Raise UsageError, with the cure, where weights lie one level deeper or under longer names."""
-    for nest in NESTS:
-        if nest in stored:
-            found = f"{path} is no bare state_dict: its weights lie inside {nest!r}"
-            raise UsageError(f"{found}; {_conversion(path, f'stored[{nest!r}]')}")
+    refuse_wrapped(path, stored)
+    weights = {}
+    for key, own in model.state_dict().items():
+        value = stored.get(key)
+        if value is None and key in CONSTANT_KEYS:
+            value = own
+        of_other = f"{path} is of another model than {model.name}: it has no {key}"
+        require(value is not None, of_other)
+        shape = tuple(getattr(value, "shape", ()))
+        wrong = f"{path}: {key} should be of shape {tuple(own.shape)}, and is of {shape}"
+        require(isinstance(value, Tensor) and shape == tuple(own.shape), wrong)
+        require(
+            bool(torch.isfinite(value).all()), f"{path}: {key} holds values that are not finite"
+        )
+        weights[key] = value
     for key in stored:
-        wrapper = WRAPPED.match(str(key))
+        if key not in weights and key not in IGNORED_KEYS:
+            other = f"{path} is of another model than {model.name}: it has {key} as well"
+            raise UsageError(other)
+    return weights
+
+
+def refuse_wrapped(path: Path, stored: dict[str, Any]) -> None:
+    """Raise UsageError, with the cure, where weights lie deeper or have keys with a prefix."""
+    for key in ["state_dict", "model_state_dict"]:
+        if key in stored:
+            found = f"its weights lie inside {key!r}"
+            raise UsageError(how_to_convert(path, found, f"stored[{key!r}]"))
+    for key in stored:
+        wrapper = re.match(r"(module\.|_orig_mod\.)+", str(key))
         if wrapper:
             prefix = wrapper.group()
+            found = f"it is of a wrapped model, its keys begin with {prefix!r}"
             weights = f"{{key.removeprefix({prefix!r}): stored[key] for key in stored}}"
-            found = f"{path} has the weights of a wrapped model: its keys begin with {prefix!r}"
-            raise UsageError(f"{found}; {_conversion(path, weights)}")
+            raise UsageError(how_to_convert(path, found, weights))
 
 
-def _conversion(path: Path, weights: str) -> str:
-    """What converts the file, as Python; weights: an expression of what is stored in it now."""
+def how_to_convert(path: Path, found: str, weights: str) -> str:
     load = f"stored = torch.load({str(path)!r}, weights_only=True)"
     save = f"torch.save({weights}, {str(path)!r})"
-    return f"convert it once, in Python: import torch; {load}; {save}"
+    return f"{path}: {found}; convert it once, in Python: import torch; {load}; {save}"
+
+
+# ---------------------------------------------------------------------------------------------
+# The training state: what a run resumes from
 
 
 def save_state(name: str, state: dict[str, Any]) -> None:
-    """Replace the one file that training goes on from: the commit record of a save, written last."""
-    _write_tensors(state_path(name), {"format": FORMAT, **state})
+    """Replace the state of a run. It is written last of a save: what it tells of is there."""
+    write_tensors(state_path(name), {"format": FORMAT, **state})
 
 
 def load_state(model: nn.Module, run: Run) -> dict[str, Any] | None:
-    """The stored state of the run, checked to be made with its settings, or None where there is none."""
+    """The stored state of the run, or None where nothing was trained yet.
+
+    Raises UsageError where it is of another format, or of other settings than the run's.
+    """
     path = state_path(run.name)
     if not path.exists():
         return None
-    state = _read_tensors(path)
-    ours = f"{path} is of another revision, which this one does not go on from (--train 0 loads its weights): {RESTART}"
-    require(state.get("format") == FORMAT, ours)
-    missing = ", ".join(sorted(STATE - state.keys()))
-    require(not missing, f"{path} is no state to go on from: it has no {missing}")
+    state = read_tensors(path)
+    other = f"{path} is of another revision, from which this one does not resume "
+    other += f"(--train 0 still loads the weights): {RESTART}"
+    require(state.get("format") == FORMAT, other)
+    missing = ", ".join(sorted(STATE_KEYS - state.keys()))
+    require(not missing, f"{path} is no state to resume from: it has no {missing}")
     if state["step"] == 0 and not stored_steps(run.name):
-        return None  # nothing was trained yet, so nothing is bound to its settings
+        return None  # the run only began to train, with whatever settings
     for key, value in run.settings().items():
-        made = state["settings"].get(key, getattr(type(run), key, None))  # of a flag that is newer than the state
-        require(made == value, f"argument --{key}: {run.name} was made with {made}, not {value}: give that, {RESTART}")
+        require(key in state["settings"], other)  # a flag that is newer than the state
+        stored = state["settings"][key]
+        different = f"argument --{key}: {run.name} was made with {stored}, not {value}"
+        require(stored == value, f"{different}: give that, {RESTART}")
     check_weights(path, state["model"], model)
     return state
 
 
-def find(model: nn.Module, run: Run) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any] | None]:
-    """What a run begins with: the weights at --iter_max, or the state that training goes on from, or neither.
+def find(model: nn.Module, run: Run) -> tuple[dict[str, Tensor] | None, dict[str, Any] | None]:
+    """The weights of step --iter_max, if it has been trained, and the state of the run, if any.
 
-    Under --overwrite 1 what earlier training stored is deleted first. Raises UsageError where what is stored
-    contradicts the command line.
+    Under --overwrite 1 what earlier training stored is deleted first, and metrics of weights that
+    are gone always. Raises UsageError where what is stored contradicts the command line.
     """
     if run.overwrite:
-        discard(run.name)
-    state, stored = load_state(model, run) if run.train else None, stored_steps(run.name)
-    step = state["step"] if state else math.inf if stored else 0  # nothing goes on from weights alone
-    if run.iter_max in stored and run.iter_max <= step:
+        delete_run(run.name)
+    steps = stored_steps(run.name)
+    if not run.train:
         return read_weights(model, run.iter_max), None
-    choices = [f"{step} or more to resume"] if state else []
-    if stored:
-        choices.append(f"one of its checkpoints {stored}")
-    stands = f"is at step {step}, beyond {run.iter_max}" if state else "has no state to resume from"
-    wrong = f"argument --iter_max: {run.name} {stands}: give {', '.join(choices)}, {RESTART}"
-    require(step <= run.iter_max, wrong)
-    return None, state
+    state = load_state(model, run)
+    name = f"argument --iter_max: {run.name}"
+    if state is None:
+        if run.iter_max in steps:
+            return read_weights(model, run.iter_max), None
+        without = f"{name} has no state to resume from: give one of its checkpoints {steps}"
+        require(not steps, f"{without}, {RESTART}")
+        (log_dir(run.name) / "results.json").unlink(missing_ok=True)
+        return None, None
+    if run.iter_max in steps and run.iter_max <= state["step"]:
+        return read_weights(model, run.iter_max), state
+    if run.iter_max >= state["step"]:  # of the very step, where a signal stopped it there
+        return None, state
+    beyond = f"{name} is at step {state['step']}, beyond {run.iter_max}: "
+    beyond += f"give {state['step']} or more to resume"
+    if steps:
+        beyond += f", one of its checkpoints {steps}"
+    raise UsageError(f"{beyond}, {RESTART}")
 
 
-def discard(name: str) -> None:
-    """Delete what earlier training of this run stored, and nothing else; only --overwrite 1 comes here."""
-    logs = [path for path in log_dir(name).glob("*") if LOGS.fullmatch(path.name)]
+def delete_run(name: str) -> None:
+    """Delete what earlier training of this run stored, and nothing else: for --overwrite 1."""
+    steps = stored_steps(name)
     shipped = Path("checkpoints", ".gitignore")
-    if stored_steps(name) and shipped.is_file() and name in shipped.read_text():
-        print(f"warning: --overwrite 1 deletes checkpoints/{name}, which came with this package and is tracked by git")
-    for path in logs + [model_path(name, step) for step in stored_steps(name)] + [state_path(name)]:
+    if steps and shipped.is_file() and name in shipped.read_text():
+        print(f"warning: --overwrite 1 deletes {checkpoint_dir(name)}, which came with the code")
+    paths = [path for path in log_dir(name).glob("*") if WRITTEN_LOGS.fullmatch(path.name)]
+    paths += [model_path(name, step) for step in steps]
+    paths.append(state_path(name))
+    for path in paths:
         path.unlink(missing_ok=True)
 
 
-def _write_tensors(path: Path, content: dict[str, Any]) -> None:
+# ---------------------------------------------------------------------------------------------
+# Files of tensors
+
+
+def write_tensors(path: Path, content: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write(path, buffer.getvalue())
 
 
-def _read_tensors(path: Path) -> dict[str, Any]:
-    """Read tensors and plain values, on the CPU; code in the file is never run, and damage is found by its CRC-32."""
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Read tensors and plain values, on the CPU. Code in the file is never run.
+
+    Raises Missing where there is no file, UsageError where it is damaged: its CRC-32 tells.
+    """
     if not path.is_file():
         raise Missing(f"there is no file {path}")
     content = io.BytesIO(path.read_bytes())
     try:
-        if zipfile.is_zipfile(content) and (damaged := zipfile.ZipFile(content).testzip()):
-            raise zipfile.BadZipFile(damaged)
+        if zipfile.is_zipfile(content):
+            damaged = zipfile.ZipFile(content).testzip()
+            if damaged:
+                raise zipfile.BadZipFile(damaged)
         content.seek(0)
         stored = torch.load(content, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:
         what = "truncated, damaged, no checkpoint, or more than tensors (code in it is not run)"
-        raise UsageError(f"{path} cannot be read: {what}; put an intact copy in its place") from error
-    require(isinstance(stored, dict), f"{path} holds no dictionary of tensors but a {type(stored).__name__}")
+        message = f"{path} cannot be read: {what}; put an intact copy in its place"
+        raise UsageError(message) from error
+    kind = type(stored).__name__
+    require(isinstance(stored, dict), f"{path} holds no dictionary of tensors but a {kind}")
     return stored

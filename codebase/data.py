@@ -16,12 +16,13 @@ from torch import Tensor
 from codebase import digits
 from codebase.runtime import download
 from codebase.runtime.files import UsageError, write
-from codebase.runtime.options import Run, content
+from codebase.runtime.options import Run, read_once
 
 COURSE = json.loads(Path(__file__).with_name("course_subset.json").read_text())
 COURSE_IMAGES = Path(__file__).with_name("course_images.npz")
-IMAGE_NAMES = ("x", "x_train", "x_test")  # of the arrays in a user's own file
-LABEL_NAMES = ("y", "y_train", "y_test")
+OWN_NAMES = ["x", "x_train", "x_test", "y", "y_train", "y_test"]  # in a user's own file
+MNIST_FILES = {"train": ("train", 60_000), "test": ("t10k", 10_000)}  # prefix, images
+NOT_PUBLISHED = "is not the published file (its {} differs; --check_data 0 takes it all the same)"
 # The numbers that torch.bernoulli compared with probabilities: since torch 1.0, and before.
 OLD_RULE = {"2018": torch.float32, "torch-0.4": torch.float64}
 
@@ -38,6 +39,10 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def first(self, count: int) -> "Images":
+        """The first images, as many as that or all."""
+        return Images(self.pixels[:count], self.labels[:count])
 
     def binary(self, index: Tensor) -> Tensor:
         """The images at index, binarised afresh, (batch, 784)."""
@@ -132,8 +137,8 @@ def labelled_set(train: Images, count: int = 100) -> Images:
 def load(run: Run, split: str) -> Images:
     """The "train" or "test" split of the run's data set, on its device.
 
-    Where MNIST's test split is not there and no metric needs it, the course's 100 test images take
-    its place. Raises UsageError where files are damaged.
+    The course's 100 images stand in for MNIST's test split where it is not there and no metric
+    needs it. Raises UsageError where files are damaged.
     """
     in_colour = run.real_data == "svhn"
     if run.own_images:
@@ -143,16 +148,18 @@ def load(run: Run, split: str) -> Images:
     elif run.data == "svhn":
         name = run.split if split == "train" else "test"
         images = svhn(run.data_dir, name, run.check_data)
-    elif run.needs_files or _has_mnist_test(run):
+    elif run.needs_files or download.is_usable(run):
         images = mnist(run.data_dir, split, run.check_data)
     else:
         images = course(split)
     return Images(images.pixels.to(run.device), images.labels.to(run.device))
 
 
-def _has_mnist_test(run: Run) -> bool:
-    images, labels = download.files(run)[-2:]
-    return images.exists() and labels.exists()
+def has_test_set(run: Run) -> bool:
+    """Whether there are images for an FSVAE's evaluation that it was not trained on."""
+    if run.data != "svhn":
+        return True
+    return run.split != "test" and Path(run.data_dir, "test_32x32.mat").exists()
 
 
 def course(split: str) -> Images:
@@ -166,7 +173,8 @@ def course(split: str) -> Images:
     return Images(torch.from_numpy(pixels), torch.from_numpy(labels))
 
 
-# ---- a user's own images ----
+# ---------------------------------------------------------------------------------------------
+# A user's own images
 
 
 def own(path: str, split: str, colour: bool, labelled: bool) -> Images:
@@ -183,99 +191,87 @@ def own(path: str, split: str, colour: bool, labelled: bool) -> Images:
     Raises UsageError where the file is not like that.
     """
     problem = f"argument --data: {path}"
-    arrays = _read_arrays(path, labelled)
-    train_x_name = _name_of(arrays, "x", problem)
-    train_y_name = _name_of(arrays, "y", problem)
+    arrays = read_arrays(path, labelled)
+    x_name = name_of(arrays, "x", problem)
+    y_name = name_of(arrays, "y", problem)
+    train_x = arrays[x_name]
     held_out = "x_test" not in arrays
     if held_out and "y_test" in arrays:
         raise UsageError(f"{problem} has y_test and no images x_test")
-
-    x_name = train_x_name
-    y_name = train_y_name
     if split == "test" and not held_out:
         x_name = "x_test"
         y_name = "y_test"
-    x = arrays[x_name]
-    pixels = _own_pixels(x, colour, f"{problem} should have {x_name}")
-    if _is_dark(x):
-        dark = f"{x_name} with more than black: 0 and 1 are levels of 255; store them as floats"
-        train_x = arrays[train_x_name]
-        if _is_dark(train_x) or train_x.dtype.kind not in "iu":
-            raise UsageError(f"{problem} should have {dark}")
-        print(f"warning: {path} should have {dark}, if that is what they mean")
 
+    x = arrays[x_name]
     y = arrays.get(y_name)
-    wrong = _wrong_labels(y, len(pixels), labelled)
-    if wrong and labelled:
-        raise UsageError(f"{problem} should have {y_name}{wrong}")
-    if wrong and y is not None and split == "test":  # whose labels the latent map shows
-        print(f"warning: {y_name} of {path} is not labels 0 to 9 and is not used")
-    labels = np.full(len(pixels), -1)
+    pixels = own_pixels(x, colour, f"{problem} should have {x_name}")
+    check_dark(path, x_name, x, train_x)
+    wrong = wrong_labels(y, len(x), labelled)
+    labels = np.full(len(x), -1)
     if not wrong:
         labels = y.reshape(-1).astype(np.int64)
-
-    if held_out:
-        if len(pixels) < 2:
-            raise UsageError(f"{problem} has one image in {x_name}: none is left to evaluate on")
-        count = max(1, len(pixels) // 10)
-        if split == "test":
-            pixels = pixels[-count:]
-            labels = labels[-count:]
-            said = f"its last tenth, {count} images, is held out for evaluation"
-            print(f"{path} has no x_test: {said}")
-        else:
-            pixels = pixels[:-count]
-            labels = labels[:-count]
-    return Images(torch.from_numpy(pixels), torch.from_numpy(labels))
+    elif labelled:
+        raise UsageError(f"{problem} should have {y_name}{wrong}")
+    elif y is not None and split == "test":  # whose labels the latent map shows
+        print(f"warning: {y_name} of {path} is not labels 0 to 9 and is not used")
+    images = Images(torch.from_numpy(pixels), torch.from_numpy(labels))
+    return hold_out(images, split, path) if held_out else images
 
 
-def _read_arrays(path: str, labelled: bool) -> dict[str, np.ndarray]:
+def hold_out(images: Images, split: str, path: str) -> Images:
+    """The last tenth of a file's images for "test", at least one of them, or the others."""
+    if len(images) < 2:
+        raise UsageError(f"argument --data: {path} has one image: none is left to evaluate on")
+    count = max(1, len(images) // 10)
+    if split == "train":
+        return Images(images.pixels[:-count], images.labels[:-count])
+    said = f"its last tenth, {count} images, is held out for evaluation"
+    print(f"{path} has no x_test: {said}")
+    return Images(images.pixels[-count:], images.labels[-count:])
+
+
+def read_arrays(path: str, labelled: bool) -> dict[str, np.ndarray]:
     """The images and labels that a .npz file holds, by name. Raises UsageError where it cannot.
 
     labelled: whether the model needs labels.
     """
-    stored = io.BytesIO(content(path)[0])
-    arrays = {}
-    others = []
+    problem = f"argument --data: {path}"
+    stored = io.BytesIO(read_once(path)[0])
     try:
         with np.load(stored, allow_pickle=False) as file:
-            for name in IMAGE_NAMES:
-                if name in file:
-                    arrays[name] = np.asarray(file[name])
-            for name in LABEL_NAMES:
-                if name in file:
-                    arrays[name] = _read_labels(file, name, labelled)
-            if "x" not in arrays and "x_train" not in arrays:
-                others = [f"{name} {_shape(file, name)}" for name in file]
+            names = [name for name in OWN_NAMES if name in file]
+            if "x" not in names and "x_train" not in names:
+                listed = [f"{name} {describe(file, name)}" for name in file]
+                holds = ", ".join(listed[:10]) if listed else "nothing"
+                raise UsageError(f"{problem} has no images x or x_train; it holds {holds}")
+            arrays = {name: read_array(file, name) for name in names}
+    except UsageError:
+        raise
     except Exception as error:
-        what = "cannot be read: truncated or no .npz file"
-        if "Object arrays" in str(error):
-            what = "holds pickled objects, which are not read"
-        raise UsageError(f"argument --data: {path} {what}") from error
-    if "x" not in arrays and "x_train" not in arrays:
-        listed = ", ".join(others[:10]) or "nothing"
-        raise UsageError(f"argument --data: {path} has no images x or x_train; it holds {listed}")
+        raise UsageError(f"{problem} cannot be read: truncated or no .npz file") from error
+    for name, array in arrays.items():
+        if array.dtype == object and (labelled or name.startswith("x")):
+            raise UsageError(f"{problem} holds pickled objects, which are not read")
     return arrays
 
 
-def _read_labels(file: np.lib.npyio.NpzFile, name: str, labelled: bool) -> np.ndarray:
+def read_array(file: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    """An array of a file, empty where it has pickled objects: reading these could run code."""
     try:
         return np.asarray(file[name])
     except ValueError as error:
-        if labelled or "Object arrays" not in str(error):
-            raise
-        return np.empty(0, object)  # pickled labels are not read, and here nobody needs them
+        if "Object arrays" in str(error):
+            return np.empty(0, object)
+        raise
 
 
-def _shape(file: np.lib.npyio.NpzFile, name: str) -> str:
-    """The shape of an array of any kind, for a line of error."""
-    try:
-        return str(np.shape(file[name]))
-    except ValueError:
-        return "(objects)"
+def describe(file: np.lib.npyio.NpzFile, name: str) -> str:
+    """The shape of an array, for a line of error."""
+    array = read_array(file, name)
+    return "(objects)" if array.dtype == object else str(array.shape)
 
 
-def _name_of(arrays: dict[str, np.ndarray], short: str, problem: str) -> str:
+def name_of(arrays: dict[str, np.ndarray], short: str, problem: str) -> str:
     """The name of the training images x or labels y in this file: x, or Keras's x_train."""
     long = f"{short}_train"
     if short in arrays and long in arrays:
@@ -283,7 +279,7 @@ def _name_of(arrays: dict[str, np.ndarray], short: str, problem: str) -> str:
     return long if long in arrays else short
 
 
-def _own_pixels(x: np.ndarray, colour: bool, needs: str) -> np.ndarray:
+def own_pixels(x: np.ndarray, colour: bool, needs: str) -> np.ndarray:
     """A user's images as bytes, (n, 784) or (n, 3072, channel-major).
 
     needs: how a line of error begins. Raises UsageError where they are of another shape, kind or
@@ -319,13 +315,23 @@ def _own_pixels(x: np.ndarray, colour: bool, needs: str) -> np.ndarray:
     return np.ascontiguousarray(pixels).reshape(len(x), -1)
 
 
-def _is_dark(x: np.ndarray) -> bool:
-    """Whether these are whole numbers 0 and 1: nearly black, and most likely meant otherwise."""
+def check_dark(path: str, name: str, x: np.ndarray, train_x: np.ndarray) -> None:
+    """Refuse images of whole numbers 0 and 1; where the training images are bright, warn only."""
+    if not is_dark(x):
+        return
+    more = "with more than black: 0 and 1 are levels of 255; store them as floats"
+    wanted = f"{path} should have {name} {more}"
+    if is_dark(train_x) or train_x.dtype.kind not in "iu":
+        raise UsageError(f"argument --data: {wanted}")
+    print(f"warning: {wanted}, if that is what they mean")
+
+
+def is_dark(x: np.ndarray) -> bool:
     return x.dtype.kind in "iu" and x.max(initial=0) <= 1
 
 
-def _wrong_labels(y: np.ndarray | None, count: int, labelled: bool) -> str:
-    """What speaks against y as the labels of that many images, for a line of error, or ""."""
+def wrong_labels(y: np.ndarray | None, count: int, labelled: bool) -> str:
+    """What is wrong with y as the labels of that many images, for a line of error, or ""."""
     if y is None:
         return ", the labels, which this model needs"
     if y.shape not in ((count,), (count, 1)) or y.dtype.kind not in "iu":
@@ -336,7 +342,8 @@ def _wrong_labels(y: np.ndarray | None, count: int, labelled: bool) -> str:
     return ""
 
 
-# ---- MNIST and SVHN ----
+# ---------------------------------------------------------------------------------------------
+# MNIST and SVHN
 
 
 def mnist(data_dir: str, split: str, check: int) -> Images:
@@ -344,18 +351,14 @@ def mnist(data_dir: str, split: str, check: int) -> Images:
 
     check: whether they must be the published files. Raises UsageError where they are damaged.
     """
-    count = 60_000
-    prefix = "train"
-    if split == "test":
-        count = 10_000
-        prefix = "t10k"
+    prefix, count = MNIST_FILES[split]
     raw = Path(data_dir, "MNIST", "raw")
     images_path = raw / f"{prefix}-images-idx3-ubyte"
     labels_path = raw / f"{prefix}-labels-idx1-ubyte"
     pixels = read_idx(images_path, (2051, count, 28, 28), check)
     labels = read_idx(labels_path, (2049, count), check)
     if labels.max() > 9:
-        raise _damaged(labels_path, "has labels outside 0 to 9")
+        raise damaged(labels_path, "has labels outside 0 to 9")
     return Images(pixels.reshape(count, 784), labels.long())
 
 
@@ -365,16 +368,16 @@ def read_idx(path: Path, header: tuple[int, ...], check: int) -> Tensor:
     Raises UsageError unless it has this header (magic number and counts), its size and, where check
     says so, the published checksum.
     """
-    with _reading(path):
+    with reading(path):
         stored = path.read_bytes()
     begin = np.array(header, ">i4").tobytes()
     if not stored.startswith(begin):
         wrong = f"does not begin as that file does (magic number, counts {header})"
-        raise _damaged(path, wrong)
+        raise damaged(path, wrong)
     if len(stored) != len(begin) + math.prod(header[1:]):
-        raise _damaged(path, f"is truncated or too long ({len(stored):,} bytes)")
+        raise damaged(path, f"is truncated or too long ({len(stored):,} bytes)")
     if check and hashlib.sha256(stored).hexdigest() != COURSE["mnist_sha256"][path.name]:
-        raise _damaged(path, _not_published("SHA-256"))
+        raise damaged(path, NOT_PUBLISHED.format("SHA-256"))
     values = torch.frombuffer(bytearray(stored), dtype=torch.uint8, offset=len(begin))
     return values.reshape(header[1:])
 
@@ -385,19 +388,18 @@ def svhn(data_dir: str, split: str, check: int) -> Images:
     In the file the digit 0 has the label 10. Raises UsageError where the file is damaged.
     """
     from scipy.io import loadmat  # only here: MNIST needs neither
-    from torchvision.datasets import SVHN
+    from torchvision.datasets import SVHN, utils
 
     path = Path(data_dir, f"{split}_32x32.mat")
-    with _reading(path), open(path, "rb") as file:
-        if check and _md5(file) != SVHN.split_list[split][2]:
-            raise _damaged(path, _not_published("MD5"))
-        file.seek(0)
+    with reading(path), open(path, "rb") as file:
+        if check and not utils.check_md5(path, SVHN.split_list[split][2]):
+            raise damaged(path, NOT_PUBLISHED.format("MD5"))
         arrays = loadmat(file)
         pixels = arrays.pop("X").transpose(3, 2, 1, 0)
         labels = arrays["y"].astype(np.int64).flatten()
         fits = pixels.shape == (len(labels), 3, 32, 32) and pixels.dtype == np.uint8
         if not fits or labels.min() < 0 or labels.max() > 10:
-            raise _damaged(path, "holds no 32 x 32 x 3 byte images with labels 1 to 10")
+            raise damaged(path, "holds no 32 x 32 x 3 byte images with labels 1 to 10")
     # The file keeps each image together, columns first: this makes no copy.
     pixels = np.ascontiguousarray(pixels)
     # Rows first, in blocks and in place, so that the large extra split is in memory once.
@@ -407,38 +409,27 @@ def svhn(data_dir: str, split: str, check: int) -> Images:
     return Images(torch.from_numpy(pixels.reshape(-1, 3072)), torch.from_numpy(labels % 10))
 
 
-def _md5(file: io.BufferedReader) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    for block in iter(lambda: file.read(1 << 22), b""):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _not_published(checksum: str) -> str:
-    differs = f"its {checksum} differs; --check_data 0 takes it all the same"
-    return f"is not the published file ({differs})"
-
-
-def _damaged(path: Path, wrong: str) -> UsageError:
+def damaged(path: Path, wrong: str) -> UsageError:
     """The error that says what is wrong with a data file, and the cure."""
     cure = f"remove {path.name} and let it be downloaded, or put an intact copy in its place"
     return UsageError(f"{path} {wrong}: {cure}")
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Turn whatever goes wrong while a data file is read into a line about a damaged file."""
     try:
         yield
     except (UsageError, MemoryError):
         raise
     except OSError as error:
-        raise _damaged(path, f"cannot be read ({error.strerror or error})") from error
+        raise damaged(path, f"cannot be read ({error.strerror or error})") from error
     except Exception as error:
-        raise _damaged(path, f"is truncated or damaged ({type(error).__name__})") from error
+        raise damaged(path, f"is truncated or damaged ({type(error).__name__})") from error
 
 
-# ---- drawn digits ----
+# ---------------------------------------------------------------------------------------------
+# Drawn digits
 
 
 def drawn_digits(data_dir: str, split: str, colour: bool) -> Images:
@@ -455,11 +446,11 @@ def drawn_digits(data_dir: str, split: str, colour: bool) -> Images:
     except Exception:  # absent, damaged or unreadable: it can always be drawn again
         seed = {"train": 1, "test": 2}[split]
         pixels, labels = digits.draw(COURSE["class_counts"][split], seed, colour)
-        _store_drawn(path, pixels, labels)
+        store_drawn(path, pixels, labels)
     return Images(torch.from_numpy(pixels), torch.from_numpy(labels))
 
 
-def _store_drawn(path: Path, pixels: np.ndarray, labels: np.ndarray) -> None:
+def store_drawn(path: Path, pixels: np.ndarray, labels: np.ndarray) -> None:
     """Store them; a folder that cannot be written to costs the drawing each time, no more."""
     buffer = io.BytesIO()
     np.savez(buffer, pixels=pixels, labels=labels)

@@ -1,12 +1,21 @@
-"""Training: the batches, what a step does, and the one loop, which can be stopped and gone on with bit for bit."""
+"""Training: the order of the images, a training step, the loop around it, and what it stores.
 
+Step n of a run is a function of the weights, the optimizer and (seed, n): the images are looked
+up by n, and the random numbers are seeded by n (and, of several processes, by the process). So
+nothing random is ever stored, and a run that was resumed is the run that never stopped.
+"""
+
+import logging
 import math
-import signal
+import os
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,291 +23,499 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from codebase import checkpoint
-from codebase.runtime import report
-from codebase.runtime.device import compile_graph, plain_because, random_state, set_random_state
-from codebase.runtime.files import RunError, Stopped, log_dir, model_path, state_path, write
+from codebase.runtime import log, signals
+from codebase.runtime.files import RunError, Stopped, log_dir, model_path, state_path
 from codebase.runtime.options import Run
-from codebase.runtime.processes import Processes
-from codebase.runtime.signals import ENDING, handled_signals
+from codebase.runtime.parallel import Processes
 
 LOG_EVERY = 100  # steps per row of metrics.csv, each the mean of its steps
-KEPT = "training stopped, the last checkpoint is kept"
-WRITE_EVERY = 30  # seconds after which metrics.csv is brought up to date between two saves
-PIECE = 1000  # images that go through the model at once
-COLUMNS = {"train/loss": "loss", "gen/elbo": "nelbo", "gen/kl_z": "kl", "gen/kl_y": "kl_y", "gen/rec": "rec"}
-COLUMNS |= {"class/ce": "ce", "class/acc": "acc"}  # of metrics.csv, which shows what goes down
-Batch = Callable[[Tensor], tuple[tuple, tuple]]
-Gradient = Callable[..., dict[str, Tensor]]
-Watch = Callable[[int], dict[str, float]]
+WRITE_EVERY = 30  # seconds between two writes of metrics.csv, apart from saves
+COMPILE_FROM = 20_000  # training steps from which on compiling saves more time than it takes
+
+# From a term of the loss to its column of metrics.csv; another term gives its own name. The ELBO
+# is stored negated: like the loss it goes down.
+COLUMNS = {
+    "train/loss": "loss",
+    "gen/elbo": "nelbo",
+    "gen/kl_z": "kl",
+    "gen/kl_y": "kl_y",
+    "gen/rec": "rec",
+    "class/ce": "ce",
+    "class/acc": "acc",
+}
+
+Batch = Callable[[Tensor], tuple[Tensor, ...]]  # positions of images to what model.loss takes
+Step = Callable[[Tensor], dict[str, Tensor]]  # positions of images to the terms of the loss
+Evaluate = Callable[[int], dict[str, float]]  # a step to metrics of the test set
+
+
+# ---------------------------------------------------------------------------------------------
+# The order of the images
 
 
 def order(n: int, batch_size: int, seed: int, start: int, device: str) -> Iterator[Tensor]:
-    """Batches of positions from batch `start` on: shuffled passes over all n images, laid end to end."""
-    first, done = divmod(start * batch_size, n)  # passes, and images of the one under way
+    """The positions of batch number `start`, and of those after it, (batch_size,) each.
+
+    They are shuffled passes over all n images, laid end to end; each pass has its own seed.
+    """
+    first_pass, done = divmod(start * batch_size, n)
     ahead = torch.empty(0, dtype=torch.int64, device=device)
-    for epoch in count(first):
-        generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + epoch) % 2**32)
+    for number in count(first_pass):
+        generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + number) % 2**32)
         shuffled = torch.randperm(n, generator=generator).to(device)
-        ahead, done = torch.cat([ahead, shuffled[done:]]), 0
+        ahead = torch.cat([ahead, shuffled[done:]])
+        done = 0
         whole = len(ahead) // batch_size * batch_size
         yield from ahead[:whole].reshape(-1, batch_size)
         ahead = ahead[whole:]
 
 
-def add_gradient(model: nn.Module, share: float, *tensors: Tensor) -> dict[str, Tensor]:
-    """Add the gradient of share * model.loss(*tensors) to the parameters' grad; return the loss's terms by name."""
-    loss, terms = model.loss(*tensors)
-    (loss * share).backward()
-    return terms
+# ---------------------------------------------------------------------------------------------
+# A training step
 
 
-def compiled_gradient(model: nn.Module, device: str, *tensors: Tensor) -> Gradient:
-    """add_gradient with forward and backward compiled into one graph; tensors: an example of what model.loss takes."""
-    parameters = dict(model.named_parameters())
-    found = torch.autograd.grad(model.loss(*tensors)[0], list(parameters.values()), allow_unused=True)
-    used = [name for name, gradient in zip(parameters, found, strict=True) if gradient is not None]
-    values = {name: parameters[name].detach() for name in used}  # of the same memory, so always of the last step
-    graph = compile_graph(grad(lambda values, *tensors: functional_call(model, values, tensors), has_aux=True), device)
+def plain_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, processes: Processes
+) -> Step:
+    """A step in torch's own words. Of several processes each takes its rows of the batch."""
 
-    def add(model: nn.Module, share: float, *tensors: Tensor) -> dict[str, Tensor]:
-        gradients, terms = graph(values, *tensors)
-        for name, gradient in gradients.items():
-            parameter, gradient = parameters[name], gradient if share == 1 else share * gradient
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    def step(index: Tensor) -> dict[str, Tensor]:
+        rows = processes.rows(index)
+        loss, terms = model.loss(*batch(rows))
+        optimizer.zero_grad()
+        loss.backward()
+        terms = {name: term.detach() for name, term in terms.items()}
+        gradients = [value.grad for value in model.parameters() if value.grad is not None]
+        processes.add_up([*gradients, *terms.values()], weight=len(rows) / len(index))
+        optimizer.step()
         return terms
 
-    return add
+    return step
 
 
-def choose_gradient(model: nn.Module, batch: Batch, run: Run, group: Processes, before: bool | None) -> Gradient:
-    """add_gradient, compiled where --compile wants it and it works, and a line that says so.
+def compiled_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, example: Tensor
+) -> Step:
+    """The same step, with the forward and the backward pass compiled into one graph.
 
-    before: whether the last steps of a training that goes on were compiled, which auto keeps to; None of a new one.
+    example: positions of images, to compile for.
     """
-    why = plain_because(run.compile, run.iter_max, run.device, group.size)
-    kept_plain = False  # where a run in one piece would be compiled
-    if before is not None and run.compile == "auto" and group.size == 1:
-        kept_plain = why == "" and not before
-        why = "" if before else "as its last steps"
-    add, random, began = add_gradient, random_state(), time.monotonic()
+    inputs = batch(example)
+    parameters = dict(model.named_parameters())
+    # Without a generative loss most of an SSVAE has no gradient; Adam leaves such weights alone.
+    model.loss(*inputs)[0].backward()
+    used = {name: value for name, value in parameters.items() if value.grad is not None}
+    model.zero_grad()
+    weights = {name: value.detach() for name, value in used.items()}  # Adam's own memory
+
+    def loss(weights: dict[str, Tensor], *inputs: Tensor):
+        return functional_call(model, weights, inputs)
+
+    graph = compile_graph(grad(loss, has_aux=True), example.device.type)
+    graph(weights, *inputs)
+
+    def step(index: Tensor) -> dict[str, Tensor]:
+        gradients, terms = graph(weights, *batch(index))
+        for name, gradient in gradients.items():
+            used[name].grad = gradient
+        optimizer.step()
+        return terms
+
+    return step
+
+
+def compile_graph(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """The function compiled whole, with the random numbers of torch's own generators."""
+    # This logger speaks of CUDA where there is none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # What an earlier run of a series compiled would count against this one.
+    torch.compiler.reset()
+    options = {"fallback_random": True}
+    if device == "cpu":
+        options["cpp_wrapper"] = True
+        options["compile_threads"] = 1  # there is one file to compile
+    if device == "cuda":
+        options["triton.cudagraphs"] = True
+        options["triton.autotune_pointwise"] = False  # nothing is chosen by a timing
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+
+
+def why_plain(run: Run, processes: int, before: bool | None) -> str:
+    """In a few words, why the steps of a run are not compiled, or "" where they are.
+
+    before: whether the steps before were compiled, of a run that resumes: auto keeps to it. The
+    flags and the tools decide, never a timing, so that a command does the same at every start.
+    """
+    if run.compile == "0":
+        return "--compile 0"
+    if processes > 1:
+        return f"{processes} processes"
+    if run.compile == "1" or before is True:
+        return ""
+    if before is False:
+        return "as the steps before"
+    if run.iter_max < COMPILE_FROM:
+        return f"compiling pays from {COMPILE_FROM:,} on; --compile 1 does it now"
+    if not find_compiler(run.device):
+        return f"no compiler for {run.device} found"
+    return ""
+
+
+def find_compiler(device: str) -> bool:
+    """Whether torch has what it compiles with for a device: a C++ compiler, or Triton."""
+    if device == "cpu":
+        usual = "clang++" if sys.platform == "darwin" else "g++"
+        return shutil.which(os.environ.get("CXX", usual)) is not None
+    return device == "cuda" and find_spec("triton") is not None
+
+
+def choose_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    run: Run,
+    processes: Processes,
+    state: dict[str, Any] | None,
+) -> tuple[Step, bool]:
+    """The training step of a run, and whether it is compiled; says which, and why."""
+    before = None
+    if state:
+        before = state["compiled"]
+    why = why_plain(run, processes.size, before)
+    step = plain_step(model, optimizer, batch, processes)
+    failed = False
     if not why:
-        print("compiling the step: about 20 s, or 3 s where it is stored from an earlier run", flush=True)
+        print("compiling the step: some 20 s on idle cores, or 3 s if it is stored", flush=True)
+        began = time.monotonic()
+        example = torch.zeros(run.batch_size, dtype=torch.int64, device=run.device)
         try:
-            first = torch.zeros(run.batch_size, dtype=torch.int64, device=run.device)
-            inputs, shared = batch(first[:1])
-            add = compiled_gradient(model, run.device, *inputs, *shared)
-            backward(model, batch, first, group, add)
+            step = compiled_step(model, optimizer, batch, example)
+            print(f"steps: compiled, in {time.monotonic() - began:.1f} s")
         except Exception as error:
-            why = f"compiling failed: {type(error).__name__}: {(str(error).strip() or ' ').splitlines()[0]}"
-            add = add_gradient
-        model.zero_grad()
-        set_random_state(random)
-    print(f"steps: plain ({why})" if why else f"steps: compiled, in {time.monotonic() - began:.1f} s")
-    if kept_plain:
-        print("a run of this --iter_max in one piece is compiled: the bits will differ from it")
-    if before not in (None, not why):
-        print(f"the last steps were {'compiled' if before else 'plain'}: the bits will differ from a run in one piece")
-    return add
+            lines = str(error).strip().splitlines() or [""]
+            why = f"compiling failed: {type(error).__name__}: {lines[0]}"
+            failed = True  # as it would in a run in one piece
+            model.zero_grad()
+    if why:
+        print(f"steps: plain ({why})")
+    compiled = not why
+    whole = not why_plain(run, processes.size, None)  # a run in one piece, with this --iter_max
+    if state and (compiled != before or compiled != whole) and not (failed and not before):
+        print("a run in one piece would be compiled otherwise: its bits will differ from these")
+    if state and state["processes"] != processes.size:
+        print(f"the steps before were of {state['processes']} processes: the bits will differ")
+    return step, compiled
 
 
-def backward(
-    model: nn.Module, batch: Batch, index: Tensor, group: Processes, add: Gradient = add_gradient
-) -> tuple[list[str], Tensor]:
-    """Add the gradient of the loss on the images at index to the parameters' grad; return the loss's terms by name.
+# ---------------------------------------------------------------------------------------------
+# The metrics of a training: metrics.csv and test.csv
 
-    batch(index) is what model.loss takes: a tuple with a row per image, and a tuple shared by all images. More than
-    1,000 images, or samples of them, go through the model in equal pieces of at most that: time grows with the batch,
-    not memory. Of several processes each does its rows of every piece. add: add_gradient, or the same compiled.
+
+class Metrics:
+    """Two tables of a training run: the terms of its loss, and metrics of the test set.
+
+    names   the terms
+    rows    closed rows of metrics.csv
+    sums    each term summed over the steps since the last row, on the device
+    steps   how many steps these are
+    tests   rows of test.csv, by step
+    began   when this training would have begun, had it never been stopped
+    warned  whether it was said that metrics.csv cannot be written between saves
     """
-    inputs, shared = batch(index)
-    sums = torch.zeros((), device=index.device)
-    pieces = min(math.ceil(len(index) * getattr(model, "train_iw", 1) / PIECE), len(index) // group.size)
-    for piece in zip(*(value.tensor_split(pieces) for value in inputs), strict=True):
-        rows = group.rows(len(piece[0]))
-        share = (rows.stop - rows.start) / len(index)  # of the batch's images
-        with group.noise(len(piece[0])):
-            terms = add(model, share, *(value[rows] for value in piece), *shared)
-        sums = sums + share * torch.stack(list(terms.values())).detach()
-    return list(terms), sums
 
+    def __init__(self, run: Run, stored: dict[str, Any] | None):
+        self.folder = log_dir(run.name)
+        self.names: list[str] = []
+        self.rows: list[list[float]] = []
+        self.sums = torch.zeros((), device=run.device)
+        self.steps = 0
+        self.tests: dict[int, dict[str, float]] = {}
+        self.began = time.monotonic()
+        self.warned = False
+        if stored is not None:
+            self.restore(stored)
 
-class Training:
-    """What the steps of a training change, and how that is saved: weights, optimizer, and the table of the steps."""
+    def restore(self, stored: dict[str, Any]) -> None:
+        """Continue the tables of a run that was stopped; stored: see to_store."""
+        self.names = stored["names"]
+        self.rows = stored["rows"]
+        self.sums = torch.tensor(stored["sums"], device=self.sums.device)
+        self.steps = stored["steps"]
+        self.tests = stored["tests"]
+        self.began -= stored["seconds"]
 
-    def __init__(self, model: nn.Module, run: Run, state: dict[str, Any] | None, watch: Watch):
-        self.model, self.run, self.watch, table = model, run, watch, state["table"] if state else {}
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=run.lr, fused=run.device in ("cpu", "cuda"))
-        self.step, self.names, self.rows = state["step"] if state else 0, table.get("names", []), table.get("rows", [])
-        self.tests: dict[int, dict[str, float]] = table.get("tests", {})  # what watch found, by step
-        self.since, self.sums = table.get("since", 0), torch.tensor(table.get("sums", 0.0))  # steps since the last row
-        self.began = time.monotonic() - table.get("seconds", 0.0)
-        self.compiled = bool(state and state.get("compiled"))  # whether the last steps were
-        if state:
-            model.load_state_dict(state["model"])
-            groups = self.optimizer.state_dict()["param_groups"]  # of this device, not of the one it comes from
-            self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-            set_random_state(state["random"])
+    def to_store(self) -> dict[str, Any]:
+        """What a run that resumes needs of the tables."""
+        return {
+            "names": self.names,
+            "rows": self.rows,
+            "steps": self.steps,
+            "sums": self.sums.tolist(),
+            "tests": self.tests,
+            "seconds": time.monotonic() - self.began,
+        }
 
-    def add(self, names: list[str], terms: Tensor) -> None:
+    def add(self, terms: dict[str, Tensor]) -> None:
         """Count a step with these terms of its loss; nothing is read from the device."""
-        self.step, self.since = self.step + 1, self.since + 1
-        self.names, self.sums = names, self.sums.to(terms.device) + terms
+        self.names = list(terms)
+        self.sums = self.sums + torch.stack(list(terms.values()))
+        self.steps += 1
 
-    def means(self) -> dict[str, float]:
-        """The mean of each term over the steps since the last row; raises RunError where one is not finite."""
-        sums = self.sums.tolist() if self.since else []
-        means = {name: total / self.since for name, total in zip(self.names, sums, strict=False)}
-        if broken := [COLUMNS[name] for name, mean in means.items() if not math.isfinite(mean)]:
-            terms = " and ".join(name for name in broken if name not in ("loss", "nelbo")) or "loss"
-            raise RunError(f"{terms} not finite at step {self.step}: {KEPT}")
-        return {COLUMNS[name]: 0.0 - mean if name == "gen/elbo" else mean for name, mean in means.items()}
+    def means(self, step: int) -> dict[str, float]:
+        """The mean of each column over the steps since the last row.
 
-    def row(self, means: dict[str, float]) -> list[float]:
-        """The row of the table that ends at this step, with these means."""
-        return [self.step, *means.values(), round(time.monotonic() - self.began, 3)]
+        Raises RunError where one is not finite.
+        """
+        means = {}
+        if self.steps:
+            for name, total in zip(self.names, self.sums.tolist(), strict=True):
+                mean = total / self.steps
+                means[COLUMNS.get(name, name)] = 0.0 - mean if name == "gen/elbo" else mean
+        broken = [name for name, mean in means.items() if not math.isfinite(mean)]
+        terms = [name for name in broken if name not in ("loss", "nelbo")] or ["loss"]
+        if broken:
+            raise RunError(diverged(terms, step))
+        return means
 
-    def save_table(self) -> None:
-        """Write metrics.csv; a row that is not closed yet comes last."""
-        unfinished = [self.row(self.means())] if self.since else []
-        write_table("metrics", self.run, [["step", *map(COLUMNS.get, self.names), "seconds"], *self.rows, *unfinished])
+    def close_row(self, step: int) -> dict[str, float]:
+        """End a row of metrics.csv at this step; return its means."""
+        means = self.means(step)
+        self.rows.append(self.row(step, means))
+        self.sums = torch.zeros_like(self.sums)
+        self.steps = 0
+        return means
 
-    def check(self) -> None:
-        """Raise RunError where a loss or a weight is not finite."""
-        self.means()
-        if not all(torch.isfinite(value).all() for value in self.model.state_dict().values()):
-            raise RunError(f"weights not finite at step {self.step}: {KEPT}")
+    def row(self, step: int, means: dict[str, float]) -> list[float]:
+        return [step, *means.values(), round(time.monotonic() - self.began, 3)]
 
-    def save(self) -> None:
-        """Store the table, the checkpoint where one is due, and last the state, the record that all of it is there."""
-        self.save_table()
-        due = self.step % self.run.iter_save == 0 or self.step == self.run.iter_max
-        if self.step and due:
-            if found := self.watch(self.step):
-                if broken := [name for name, value in found.items() if not math.isfinite(value)]:
-                    raise RunError(f"{' and '.join(broken)} of test images not finite at step {self.step}: {KEPT}")
-                self.tests[self.step] = found
-            checkpoint.save_model_by_name(self.model, self.step)
+    def write(self, step: int) -> None:
+        """Write metrics.csv and, once there is a checkpoint with metrics, test.csv."""
+        self.write_terms(step)
         if self.tests:
-            rows = [[step, *found.values()] for step, found in self.tests.items()]
-            write_table("test", self.run, [["step", *next(iter(self.tests.values()))], *rows])
-        table = {"names": self.names, "rows": self.rows, "since": self.since, "sums": self.sums.tolist()}
-        table |= {"seconds": time.monotonic() - self.began, "tests": self.tests}
-        state = {"step": self.step, "settings": self.run.settings(), "compiled": self.compiled, "table": table}
-        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"]}
-        checkpoint.save_state(self.run.name, state | {"random": random_state()})
+            names = list(next(iter(self.tests.values())))
+            tests = [["step", *names]]
+            for tested_step, found in self.tests.items():
+                tests.append([tested_step, *found.values()])
+            log.write_table(self.folder / "test.csv", tests)
+
+    def write_terms(self, step: int) -> None:
+        """Write metrics.csv, where a row that is not closed yet comes last."""
+        header = ["step", *[COLUMNS.get(name, name) for name in self.names], "seconds"]
+        rows = [header, *self.rows]
+        if self.steps:
+            rows.append(self.row(step, self.means(step)))
+        log.write_table(self.folder / "metrics.csv", rows)
+
+    def are_behind(self) -> bool:
+        """Whether a table has fewer lines than it should: it could not be written, or is gone."""
+        expected = {"metrics.csv": 1 + len(self.rows)}
+        if self.steps:
+            expected["metrics.csv"] += 1
+        if self.tests:
+            expected["test.csv"] = 1 + len(self.tests)
+        for name, lines in expected.items():
+            try:
+                text = (self.folder / name).read_text()
+            except OSError:
+                return True
+            if text.count("\n") < lines:
+                return True
+        return False
+
+    def test(self, step: int, found: dict[str, float]) -> None:
+        """Keep the metrics of the test set at a checkpoint; raise RunError if one is not finite."""
+        broken = [name for name, value in found.items() if not math.isfinite(value)]
+        if broken:
+            names = " and ".join(broken)
+            raise RunError(diverged([f"{names} of test images"], step))
+        if found:
+            self.tests[step] = found
+
+    def shown(self, means: dict[str, float]) -> dict[str, str]:
+        """What the progress bar shows: the terms that there are, and the last test metric."""
+        shown = {}
+        for name, mean in means.items():
+            if name != "nelbo" and mean != 0:
+                shown[name] = f"{mean:.2f}"
+        if self.tests:
+            newest = self.tests[max(self.tests)]
+            name = "accuracy" if "accuracy" in newest else "nelbo"
+            shown[f"test_{name}"] = f"{newest[name]:.5g}"
+        return shown
 
 
-def write_table(name: str, run: Run, rows: list[list[Any]]) -> None:
-    """Write logs/<run>/<name>.csv."""
-    cells = ([f"{value:.10g}" if isinstance(value, float) else str(value) for value in row] for row in rows)
-    write(log_dir(run.name) / f"{name}.csv", "".join(",".join(row) + "\n" for row in cells))
+def diverged(names: list[str], step: int) -> str:
+    kept = "training stopped, the last checkpoint is kept"
+    return f"{' and '.join(names)} not finite at step {step}: {kept}"
 
 
-@contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and the hang-up of a terminal in a list instead of being ended by them."""
-    caught: list[int] = []
-    with handled_signals((signal.SIGINT, *ENDING), lambda number, _: caught.append(number)):
-        yield caught
-
-
-def update_table(training: Training, warned: bool) -> bool:
-    """Write metrics.csv between two saves, which may fail: the next save has all of it. Return whether that was said.
-
-    A spreadsheet that holds the file is no reason to end a training.
-    """
-    try:
-        training.save_table()
-    except OSError as error:
-        if not warned:
-            print(f"warning: metrics.csv not updated ({error.strerror or error}); training continues", flush=True)
-        return True
-    return warned
-
-
-def fit(training: Training, batch: Batch, n: int, group: Processes) -> None:
-    """Train to step --iter_max and store checkpoints on the way. batch: see backward; n: the number of training images.
-
-    Raises Stopped on SIGINT, SIGTERM and SIGHUP, once the state is saved, and RunError where a loss or a weight is
-    not finite.
-    """
-    model, run, stop, written = training.model, training.run, 0, time.monotonic()
-    warned = False
-    if training.step < run.iter_max:
-        add = choose_gradient(model, batch, run, group, training.compiled if training.step else None)
-        training.compiled = add is not add_gradient
-    parameters = list(model.parameters())
-    batches = order(n, run.batch_size, run.seed, training.step, run.device)
-    with caught_signals() as caught, report.progress_bar(training.step, run.iter_max, group.main) as progress:
-        if group.main:
-            report.config(run)
-            training.save()
-        while training.step < run.iter_max and not stop:
-            training.optimizer.zero_grad()
-            names, terms = backward(model, batch, next(batches), group, add)
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            stop = group.sum([*gradients, terms], next(iter(caught), 0))
-            training.optimizer.step()
-            training.add(names, terms)
-            progress.update()
-
-            if training.step % LOG_EVERY == 0:
-                means = training.means()
-                shown = {name: f"{mean:.2f}" for name, mean in means.items() if name != "nelbo" and mean}
-                newest = training.tests.get(max(training.tests, default=0), {})
-                shown |= {f"test_{name}": f"{value:.5g}" for name, value in list(newest.items())[:1]}
-                progress.set_postfix(shown, refresh=False)
-                training.rows.append(training.row(means))
-                training.since, training.sums = 0, torch.zeros_like(training.sums)
-            if training.step % run.iter_save == 0 or training.step == run.iter_max or stop:
-                training.check()
-                if group.main:
-                    training.save()
-            elif group.main and time.monotonic() > written + WRITE_EVERY:
-                warned = update_table(training, warned)
-                written = time.monotonic()
-    if stop := group.sum([], next(iter(caught), 0)):  # one that came during the last save too, which is done by now
-        raise Stopped(f"stopped at step {training.step}, state saved", stop)
+# ---------------------------------------------------------------------------------------------
+# The loop
 
 
 def train(
     model: nn.Module,
-    train_loader: Any,
-    labeled_subset: Any,
-    device: Any,
-    tqdm: Any,
-    writer: Any,
-    iter_max: float = math.inf,
-    iter_save: float = math.inf,
-    model_name: str = "model",
-    y_status: str = "none",
-    reinitialize: bool = False,
+    batch: Batch,
+    n: int,
+    run: Run,
+    processes: Processes,
+    evaluate: Evaluate,
+    state: dict[str, Any] | None,
 ) -> None:
-    """The course's training function, for scripts that import it and never call it.
+    """Train to step --iter_max and store checkpoints on the way.
 
-    Always raises NotImplementedError, which says what to call instead.
+    batch: see Batch; n: the number of training images; evaluate(step) returns metrics of the test
+    set, for test.csv; state: what the run resumes from, if anything. Raises Stopped on SIGINT,
+    SIGTERM and SIGHUP, once the state is saved, RunError where a loss or a weight is not finite.
     """
-    raise NotImplementedError(
-        "the course's train() is not part of this package: run run_vae.py, run_gmvae.py,"
-        " run_ssvae.py or run_fsvae.py, or write a loop around loss, terms = model.loss(x)"
-    )
+    start = 0
+    stored = None
+    fused = run.device in ("cpu", "cuda")  # one kernel for all weights, where torch has it
+    optimizer = torch.optim.Adam(model.parameters(), lr=run.lr, fused=fused)
+    if state:
+        start = state["step"]
+        stored = state["metrics"]
+        model.load_state_dict(state["model"])
+        groups = optimizer.state_dict()["param_groups"]  # not stored: fused is of the device
+        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        print(f"resuming from step {start:,}")
+    metrics = Metrics(run, stored)
+    compiled = state["compiled"] if state else False
+    if start < run.iter_max:
+        training_step, compiled = choose_step(model, optimizer, batch, run, processes, state)
+
+    def save(step: int) -> None:
+        refuse_diverged(model, step)
+        if processes.main:
+            store(step, model, optimizer, metrics, run, compiled, processes.size, evaluate)
+
+    batches = order(n, run.batch_size, run.seed, start, run.device)
+    written = time.monotonic()
+    done = start
+    caught = []  # signals, in place of being ended by them
+    handled = signals.handled([signals.INTERRUPT, *signals.END], lambda n, frame: caught.append(n))
+    if processes.main:
+        log.store_config(run, processes.size)
+    with handled, log.progress_bar(start, run.iter_max, processes.main) as bar:
+        # Before the first step: shows that the folders can be written to, and stores what is due
+        # of a run that a signal stopped at its last step.
+        save(start)
+        for step in range(start, run.iter_max):
+            processes.seed_step(run.seed, step)
+            terms = training_step(next(batches))
+            metrics.add(terms)
+            bar.update()
+            stop = processes.any_signal(caught)
+
+            done = step + 1
+            if done % LOG_EVERY == 0:
+                bar.set_postfix(metrics.shown(metrics.close_row(done)), refresh=False)
+            if stop or is_due(done, run):
+                save(done)
+            elif processes.main and time.monotonic() > written + WRITE_EVERY:
+                write_if_possible(metrics, metrics.write_terms, done)
+                written = time.monotonic()
+            if stop:
+                break
+    stop = processes.any_signal(caught)  # one that came during the last save too
+    if stop:
+        raise Stopped(f"stopped at step {done}, state saved", stop)
 
 
-def train_or_load(model: nn.Module, batch: Batch, n: int, run: Run, group: Processes, watch: Watch) -> None:
-    """Bring the model to step --iter_max: by training or going on (see fit), or from a checkpoint that is there.
+def is_due(step: int, run: Run) -> bool:
+    """Whether a checkpoint is to be stored at this step."""
+    return step > 0 and (step % run.iter_save == 0 or step == run.iter_max)
 
-    watch(step) is called at each checkpoint and returns figures of images that are not trained on, for test.csv. Raises
-    UsageError where what is stored contradicts the command line.
+
+def refuse_diverged(model: nn.Module, step: int) -> None:
+    """Raise RunError where a weight is not finite."""
+    for value in model.state_dict().values():
+        if not torch.isfinite(value).all():
+            raise RunError(diverged(["weights"], step))
+
+
+def store(
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    metrics: Metrics,
+    run: Run,
+    compiled: bool,
+    processes: int,
+    evaluate: Evaluate,
+) -> None:
+    """Store metrics of the test set, the tables, a checkpoint if it is due, and last the state.
+
+    The state says that all the rest is there. A run that is killed before it is written resumes
+    from the state before, computes the same steps, and writes the same files once more.
+    A table or a plot that cannot be written, as where another program holds it, is an error that
+    is raised after that, so that no step is lost: the state has the rows of the tables too. Only
+    at the last step a plot is raised at once, for a finished run does not draw it again.
     """
-    report.begin(run, model)
-    weights, state = group.first(lambda: checkpoint.find(model, run))
-    if weights is not None:
-        model.load_state_dict(weights)
-        known = "" if state_path(run.name).exists() else ", with settings that are not stored"
-        before = f", trained before{known}" if run.train else ""
-        return print(f"loaded {model_path(run.name, run.iter_max)}{before}")
-    if state and state["step"]:
-        print(f"going on from step {state['step']:,}")
-    began = time.monotonic()
-    fit(Training(model, run, state, watch), batch, n, group)
-    print(f"trained to step {run.iter_max:,} in {timedelta(seconds=round(time.monotonic() - began))}")
+    problem = None
+    try:
+        if is_due(step, run):
+            metrics.test(step, evaluate(step))
+    except OSError as error:
+        if step == run.iter_max:
+            raise
+        problem = error
+    try:
+        metrics.write(step)
+    except OSError as error:
+        problem = error
+    if is_due(step, run):
+        checkpoint.save_model_by_name(model, step)
+    state = {
+        "step": step,
+        "settings": run.settings(),
+        "compiled": compiled,
+        "processes": processes,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict()["state"],
+        "metrics": metrics.to_store(),
+    }
+    checkpoint.save_state(run.name, state)
+    if problem is not None:
+        raise problem
+
+
+def write_if_possible(metrics: Metrics, write: Callable[[int], None], step: int) -> None:
+    """Bring tables up to date where no save depends on it: another program may hold a file."""
+    try:
+        write(step)
+    except OSError as error:
+        if not metrics.warned:
+            name = Path(error.filename or "metrics.csv").name
+            why = error.strerror or error
+            print(f"warning: {name} cannot be written ({why}); training goes on", flush=True)
+        metrics.warned = True
+
+
+def train_or_load(
+    model: nn.Module, batch: Batch, n: int, run: Run, processes: Processes, evaluate: Evaluate
+) -> None:
+    """Bring the model to step --iter_max: by training (see train), or from a checkpoint.
+
+    Raises UsageError where what is stored contradicts the command line.
+    """
+    log.print_run(run, model)
+    weights, state = processes.first(lambda: checkpoint.find(model, run))
+    if weights is not None and state is not None and processes.main:
+        # The state has the rows of a table that could not be written, or was lost.
+        metrics = Metrics(run, state["metrics"])
+        if metrics.are_behind():
+            write_if_possible(metrics, metrics.write, state["step"])
+    if weights is None:
+        began = time.monotonic()
+        train(model, batch, n, run, processes, evaluate, state)
+        duration = timedelta(seconds=round(time.monotonic() - began))
+        print(f"trained to step {run.iter_max:,} in {duration}")
+        return
+    model.load_state_dict(weights)
+    line = f"loaded {model_path(run.name, run.iter_max)}"
+    if run.train:
+        line += ", trained before"
+        if not state_path(run.name).exists():
+            line += ", with settings that are not stored"
+    print(line)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run everything that README.md and docs/writeup.md quote, and write their tables.
+"""Run everything that the pages quote, and write their tables: README.md and those in docs/.
 
 python docs/reproduce.py --data_dir DIR trains and evaluates by the scripts' own command lines in the current folder,
 as many runs at a time as there are cores, one thread each, and goes on where it stopped. All of it takes about 17 hours
@@ -28,9 +28,14 @@ from statistics import fmean, median, stdev
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "figures.json"
 SPEED = ROOT / "docs" / "speed.json"  # by tests/benchmark.py, on an idle machine
-PAGES = [ROOT / "README.md", ROOT / "docs" / "writeup.md"]
-REAL = {"mnist": ("mnist", 10_000), "svhn": ("svhn, train split, files not verified", 486)}  # data, test images
-BOUNDS = {"nelbo": "NELBO", "kl": "KL", "rec": "Rec"} | {f"niwae_{m}": f"IWAE-{m}" for m in (1, 10, 100, 1000)}
+PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmark.md", ROOT / "docs" / "writeup.md"]
+REAL = {
+    "mnist": ("mnist", 10_000),
+    "svhn": ("svhn, train split, files not verified", 486),
+}  # data, test images
+BOUNDS = {"nelbo": "NELBO", "kl": "KL", "rec": "Rec"} | {
+    f"niwae_{m}": f"IWAE-{m}" for m in (1, 10, 100, 1000)
+}
 
 # Model, figure, the course's own solution sheet of autumn 2021 (mean, standard deviation over 100 runs), what its
 # graders accept, and checkpoints that others published, evaluated anew on the same images.
@@ -48,7 +53,13 @@ OTHERS = [
     ("GMVAE", "niwae_1", (97.22, 0.54), (94, 100), ()),
     ("GMVAE", "niwae_10", (94.74, 0.48), (92.05, 97.95), ()),
     ("GMVAE", "niwae_100", (93.8, 0.47), (91.1, 96.9), ()),
-    ("GMVAE", "niwae_1000", (93.38, 0.46), (90.3, 95.7), (95.33, 94.11, 95.03, 95.16, 95.51, 95.54)),
+    (
+        "GMVAE",
+        "niwae_1000",
+        (93.38, 0.46),
+        (90.3, 95.7),
+        (95.33, 94.11, 95.03, 95.16, 95.51, 95.54),
+    ),
     ("SSVAE gw = 0", "accuracy", (0.735, None), (0.705, 0.765), (0.752, 0.736, 0.74)),
     ("SSVAE gw = 1", "accuracy", (0.934, 0.0139), (0.885, 0.955), (0.942, 0.949)),
 ]
@@ -56,7 +67,12 @@ OTHERS = [
 # k samples; z = 50, 200 units, 3,280 passes, images binarised anew each time.
 BURDA = {"VAE": {1: 86.76, 5: 86.47, 50: 86.35}, "IWAE": {1: 86.76, 5: 85.54, 50: 84.78}}
 M2_ERROR = {100: (11.97, 1.71), 1000: (3.6, 0.56)}  # percent; Kingma et al. 2014, table 1
-PYRO = {100: 0.9319, 600: 0.9437, 1000: 0.9487, 3000: 0.9582}  # accuracy of M2; Pyro's tutorial on semi-supervised VAEs
+PYRO = {
+    100: 0.9319,
+    600: 0.9437,
+    1000: 0.9487,
+    3000: 0.9582,
+}  # accuracy of M2; Pyro's tutorial on semi-supervised VAEs
 
 
 @dataclass(frozen=True)
@@ -82,16 +98,28 @@ class Series:
 
 
 VAE, GMVAE = Series("vae_z=10", "", 20_000, 3, 10), Series("gmvae_z=10_k=500", "", 20_000, 3.5, 10)
-BETA = {b: Series(f"vae_z=10_beta={b}", f"--beta {b}", 20_000, 3, 3) for b in (0.5, 1, 2, 4, 8)} | {1: VAE}
+BETA = {b: Series(f"vae_z=10_beta={b}", f"--beta {b}", 20_000, 3, 3) for b in (0.5, 1, 2, 4, 8)} | {
+    1: VAE
+}
 TRAIN_IW = {1: VAE, 5: Series("vae_z=10_train_iw=5", "--train_iw 5", 20_000, 8, 3)}
 TRAIN_IW[50] = Series("vae_z=10_train_iw=50", "--train_iw 50", 20_000, 55, 3)
-SSVAE = {gw: Series(f"ssvae_gw={gw:03d}_cw=100", f"--gw {gw}", 30_000, 1.5 + 26 * gw, 5) for gw in (0, 1)}
+SSVAE = {
+    gw: Series(f"ssvae_gw={gw:03d}_cw=100", f"--gw {gw}", 30_000, 1.5 + 26 * gw, 5) for gw in (0, 1)
+}
 LABELS = {(100, gw): series for gw, series in SSVAE.items()} | {
-    (n, gw): Series(f"{series.stem}_labels={n}", f"{series.flags} --labels {n}", 30_000, series.minutes, 3)
+    (n, gw): Series(
+        f"{series.stem}_labels={n}", f"{series.flags} --labels {n}", 30_000, series.minutes, 3
+    )
     for n in (600, 1000, 3000)
     for gw, series in SSVAE.items()
 }
-FSVAE = Series("fsvae_split=train", "--split train --check_data 0 --iter_max 50000 --iter_save 2000", 50_000, 35, 2)
+FSVAE = Series(
+    "fsvae_split=train",
+    "--split train --check_data 0 --iter_max 50000 --iter_save 2000",
+    50_000,
+    35,
+    2,
+)
 BINARY = {"VAE": VAE, "GMVAE": GMVAE}
 # Of the models in OTHERS: the series, the stage that gives their figures, and to how many digits.
 SHEET = {model: (series, "subset", 2) for model, series in BINARY.items()}
@@ -112,7 +140,9 @@ STAGES = {  # of a run: more flags, the key in results.json and the figure that 
     "whole": ("--train 0 --test all", "figures_all", "niwae_1000", 4),
     "deep": ("--train 0 --test all --iw 1 5000", "figures_all", "niwae_5000", 15),
 }
-PARTS = list(dict.fromkeys(part for _, part, *_ in STAGES.values()))  # of results.json: figures by name
+PARTS = list(
+    dict.fromkeys(part for _, part, *_ in STAGES.values())
+)  # of results.json: figures by name
 
 
 # ---- what the runs left in logs/, and docs/figures.json
@@ -152,11 +182,21 @@ def done(results: dict, stage: str) -> bool:
 
 def results(series: Series, seed: int) -> dict:
     """The results.json of a run where it counts: real data, all its test images, the last step, default settings."""
-    found, made = (read_json(Path("logs", series.name(seed), f"{file}.json")) for file in ("results", "config"))
+    found, made = (
+        read_json(Path("logs", series.name(seed), f"{file}.json")) for file in ("results", "config")
+    )
     real = (found.get("data"), found.get("test_images")) == REAL[series.data]
-    real = real and found.get("evaluated_on", "test split") == "test split" and found.get("step") == series.step
+    real = (
+        real
+        and found.get("evaluated_on", "test split") == "test split"
+        and found.get("step") == series.step
+    )
     real = real and all(isinstance(found.get(part, {}), dict) for part in PARTS)
-    return found if real and (made.get("seed", seed), made.get("batch_size", 100)) == (seed, 100) else {}
+    return (
+        found
+        if real and (made.get("seed", seed), made.get("batch_size", 100)) == (seed, 100)
+        else {}
+    )
 
 
 def entry(series: Series, seed: int) -> dict:
@@ -171,10 +211,16 @@ def entry(series: Series, seed: int) -> dict:
     made |= {"torch": read_json(folder / "config.json").get("torch")}
     if rows:
         times = pairwise([(0, 0), *((step, line["seconds"]) for step, line in rows.items())])
-        made["time"] = {"ms": round(1000 * median((t - s) / (n - m) for (m, s), (n, t) in times), 2)}
+        made["time"] = {
+            "ms": round(1000 * median((t - s) / (n - m) for (m, s), (n, t) in times), 2)
+        }
     if series is FSVAE:
         tests = read_csv(folder / "test.csv")
-        made["tests"] = [test | {"training": rows[test["step"]]["nelbo"]} for test in tests if test["step"] in rows]
+        made["tests"] = [
+            test | {"training": rows[test["step"]]["nelbo"]}
+            for test in tests
+            if test["step"] in rows
+        ]
     return made
 
 
@@ -191,7 +237,9 @@ def merged(known: dict, made: dict) -> dict:
     old, now = known.get("figures", {}), made.get("figures", {})
     if not any(key in old for key in now) or any(old.get(key, now[key]) != now[key] for key in now):
         return made
-    return known | {key: known.get(key, {}) | new if isinstance(new, dict) else new for key, new in made.items()}
+    return known | {
+        key: known.get(key, {}) | new if isinstance(new, dict) else new for key, new in made.items()
+    }
 
 
 def collect(runs: dict) -> dict:
@@ -205,10 +253,18 @@ def collect(runs: dict) -> dict:
 
         cpu = {"cpu": torch.backends.cpu.get_cpu_capability()}
         known |= {name: cpu | made for name, made in new.items()}
-        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known))
+        lines = ",\n".join(
+            f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known)
+        )
         put(FIGURES, f"{{\n{lines}\n}}\n")
-    kept = f"the others are those of {FIGURES.name}" if len(there) < len(runs) else "all of the tables'"
-    print(f"{len(there)} of {len(runs)} runs are in logs/, {len(new)} of them new or changed in {FIGURES.name}; {kept}")
+    kept = (
+        f"the others are those of {FIGURES.name}"
+        if len(there) < len(runs)
+        else "all of the tables'"
+    )
+    print(
+        f"{len(there)} of {len(runs)} runs are in logs/, {len(new)} of them new or changed in {FIGURES.name}; {kept}"
+    )
     return known
 
 
@@ -222,7 +278,11 @@ def needed(names: list[str]) -> dict[tuple[Series, int], list[str]]:
         for series, stages in TABLES[name][1]:
             for seed in range(series.seeds):
                 known = runs.setdefault((series, seed), [])
-                known += [stage for stage in stages.split() if stage not in known and (stage != "deep" or seed < 3)]
+                known += [
+                    stage
+                    for stage in stages.split()
+                    if stage not in known and (stage != "deep" or seed < 3)
+                ]
     return runs
 
 
@@ -234,20 +294,30 @@ def minutes(series: Series, seed: int, stage: str) -> float:
 
 def command(series: Series, seed: int, stage: str, data_dir: str | None) -> list[str]:
     words = f"{series.flags} --run {seed} --data {series.data} {STAGES[stage][0]}".split()
-    return [sys.executable, str(ROOT / series.script), *words, *(["--data_dir", data_dir] if data_dir else [])]
+    return [
+        sys.executable,
+        str(ROOT / series.script),
+        *words,
+        *(["--data_dir", data_dir] if data_dir else []),
+    ]
 
 
 def start(words: list[str], log: Path) -> subprocess.Popen:
     """A process of its own, with one thread, out of reach of the terminal's Ctrl-C; what it says goes to log."""
     with log.open("a") as file:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(words, env=environment, stdout=file, stderr=file, start_new_session=True)
+        return subprocess.Popen(
+            words, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
 
 
 def problem(series: Series, seed: int, stage: str, code: int) -> str:
     """Why a process that ended with that exit code did not give the figures of its stage, or nothing."""
     if code:
-        said = Path("logs", f"{series.name(seed)}.txt").read_text(errors="replace").strip() or "it said nothing"
+        said = (
+            Path("logs", f"{series.name(seed)}.txt").read_text(errors="replace").strip()
+            or "it said nothing"
+        )
         return f"exit code {code}: {said.splitlines()[-1]}"
     kept = read_json(Path("logs", series.name(seed), "results.json"))
     about = f"{kept.get('data')}, {kept.get('test_images')} test images, step {kept.get('step')}"
@@ -259,7 +329,10 @@ def run_all(runs: dict[tuple[Series, int], list[str]], jobs: int, data_dir: str 
 
     A signal ends it once the runs that are under way have saved their state.
     """
-    left = {run: [stage for stage in stages if not done(results(*run), stage)] for run, stages in runs.items()}
+    left = {
+        run: [stage for stage in stages if not done(results(*run), stage)]
+        for run, stages in runs.items()
+    }
     left = {run: stages for run, stages in left.items() if stages}
     waiting, running, code, caught = list(left), {}, 0, []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -268,14 +341,19 @@ def run_all(runs: dict[tuple[Series, int], list[str]], jobs: int, data_dir: str 
 
     def time_left() -> str:
         total = sum(minutes(*run, stage) for run, stages in left.items() for stage in stages)
-        return f"{total:.0f} core-minutes, about {total / 60 / max(1, min(jobs, len(left))):.1f} hours"
+        return (
+            f"{total:.0f} core-minutes, about {total / 60 / max(1, min(jobs, len(left))):.1f} hours"
+        )
 
     print(f"{len(left)} of {len(runs)} runs are to do, {jobs} at a time: {time_left()}", flush=True)
     try:
         while (waiting or running) and not caught:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
-                running[run] = start(command(*run, left[run][0], data_dir), Path("logs", f"{run[0].name(run[1])}.txt"))
+                running[run] = start(
+                    command(*run, left[run][0], data_dir),
+                    Path("logs", f"{run[0].name(run[1])}.txt"),
+                )
             time.sleep(0.1)
             for run in [run for run, process in running.items() if process.poll() is not None]:
                 ended, stage = running.pop(run).returncode, left[run].pop(0)
@@ -293,7 +371,10 @@ def run_all(runs: dict[tuple[Series, int], list[str]], jobs: int, data_dir: str 
         for process in running.values():
             process.wait()
     if caught and left:
-        print("stopped, the runs' states are saved; the same command goes on from there", file=sys.stderr)
+        print(
+            "stopped, the runs' states are saved; the same command goes on from there",
+            file=sys.stderr,
+        )
         return 130
     return code
 
@@ -310,7 +391,9 @@ def found(known: dict, series: Series, stage: str) -> dict[int, dict]:
 def values(runs: dict[int, dict], key: str, part: str = "figures") -> list[float]:
     found = [run.get(part, {}) for run in runs.values()]
     if key == "gap":
-        return [figures["nelbo"] - figures["niwae_1000"] for figures in found if "niwae_1000" in figures]
+        return [
+            figures["nelbo"] - figures["niwae_1000"] for figures in found if "niwae_1000" in figures
+        ]
     return [figures[key] for figures in found if key in figures]
 
 
@@ -343,13 +426,17 @@ def averages(known: dict, first: str, rows: dict, stage: str, columns: list, spr
     for label, series in rows.items():
         runs = found(known, series, stage)
         numbers = [(values(runs, key, *part), digits) for _, key, digits, *part in columns]
-        lines.append(row(label, *(mean(*column, len(runs)) for column in numbers), count(runs, series)))
+        lines.append(
+            row(label, *(mean(*column, len(runs)) for column in numbers), count(runs, series))
+        )
         lines += [row("s.d.", *(deviation(*column) for column in numbers), "")] if spread else []
     return lines
 
 
 def summary(known: dict) -> list[str]:
-    return averages(known, "", BINARY, "subset", [(title, key, 2) for key, title in BOUNDS.items()], spread=True)
+    return averages(
+        known, "", BINARY, "subset", [(title, key, 2) for key, title in BOUNDS.items()], spread=True
+    )
 
 
 def per_seed(known: dict, model: str) -> list[str]:
@@ -375,7 +462,10 @@ def whole(known: dict) -> list[str]:
     columns += [("IWAE-5000", "niwae_5000", 2, "figures_all")]
     lines = averages(known, "", BINARY, "whole", columns, spread=True)
     theirs = [(kind, k, figure) for kind, figures in BURDA.items() for k, figure in figures.items()]
-    return lines + [row(f"Burda et al. 2016, {kind}, k = {k}", *[""] * 7, figure, "") for kind, k, figure in theirs]
+    return lines + [
+        row(f"Burda et al. 2016, {kind}, k = {k}", *[""] * 7, figure, "")
+        for kind, k, figure in theirs
+    ]
 
 
 def z(ours: list[float], theirs: float, spread: float | None) -> str:
@@ -406,7 +496,10 @@ def ssvae(known: dict) -> list[str]:
     lines = head("", "accuracy", "s.d.", *(f"seed {seed}" for seed in range(5)))
     for gw, series in SSVAE.items():
         runs = found(known, series, "train")
-        each = [f"{runs[seed]['figures']['accuracy']:.4f}" if seed in runs else "" for seed in range(series.seeds)]
+        each = [
+            f"{runs[seed]['figures']['accuracy']:.4f}" if seed in runs else ""
+            for seed in range(series.seeds)
+        ]
         numbers = values(runs, "accuracy")
         lines.append(row(f"gw = {gw}", mean(numbers, 4), deviation(numbers, 4), *each))
     return lines
@@ -417,15 +510,30 @@ def per_digit(known: dict) -> list[str]:
     for gw, series in SSVAE.items():
         if runs := found(known, series, "train"):
             columns = zip(*(run["per_digit_accuracy"] for run in runs.values()), strict=True)
-            lines.append(row(f"gw = {gw}", *(f"{fmean(column):.3f}" for column in columns), count(runs, series)))
+            lines.append(
+                row(
+                    f"gw = {gw}",
+                    *(f"{fmean(column):.3f}" for column in columns),
+                    count(runs, series),
+                )
+            )
     return lines
 
 
 def labels(known: dict) -> list[str]:
-    lines = head("labels", "gw = 0 (seeds)", "gw = 1 (seeds)", "M2, Kingma et al. 2014", "M2, Pyro's tutorial")
+    lines = head(
+        "labels",
+        "gw = 0 (seeds)",
+        "gw = 1 (seeds)",
+        "M2, Kingma et al. 2014",
+        "M2, Pyro's tutorial",
+    )
     for n, pyro in PYRO.items():
         runs = {series: found(known, series, "train") for series in (LABELS[n, 0], LABELS[n, 1])}
-        cells = [f"{mean(values(some, 'accuracy'), 4)} ({count(some, series)})" for series, some in runs.items()]
+        cells = [
+            f"{mean(values(some, 'accuracy'), 4)} ({count(some, series)})"
+            for series, some in runs.items()
+        ]
         m2 = f"{1 - M2_ERROR[n][0] / 100:.4f} ± {M2_ERROR[n][1] / 100:.4f}" if n in M2_ERROR else ""
         lines.append(row(n, *cells, m2, pyro))
     return lines
@@ -440,21 +548,42 @@ def beta(known: dict) -> list[str]:
 
 
 def train_iw(known: dict) -> list[str]:
-    columns = [("NELBO, subset", "nelbo", 2), ("IWAE-1000, subset", "niwae_1000", 2), ("ESS of 1000", "ess_1000", 1)]
-    columns += [("ms per step", "ms", 0, "time"), ("IWAE-5000, whole split", "niwae_5000", 2, "figures_all")]
+    columns = [
+        ("NELBO, subset", "nelbo", 2),
+        ("IWAE-1000, subset", "niwae_1000", 2),
+        ("ESS of 1000", "ess_1000", 1),
+    ]
+    columns += [
+        ("ms per step", "ms", 0, "time"),
+        ("IWAE-5000, whole split", "niwae_5000", 2, "figures_all"),
+    ]
     cpu = known.get(VAE.name(0), {}).get("cpu")  # times are of one kind of CPU
-    known = {name: run if run.get("cpu") == cpu else run | {"time": {}} for name, run in known.items()}
+    known = {
+        name: run if run.get("cpu") == cpu else run | {"time": {}} for name, run in known.items()
+    }
     lines = averages(known, "k", TRAIN_IW, "subset", columns)
-    return lines + [row(f"Burda et al. 2016, {k}", *[""] * 4, figure, "") for k, figure in BURDA["IWAE"].items()]
+    return lines + [
+        row(f"Burda et al. 2016, {k}", *[""] * 4, figure, "") for k, figure in BURDA["IWAE"].items()
+    ]
 
 
 def fsvae(known: dict) -> list[str]:
     runs = found(known, FSVAE, "train")
-    lines = head("step", "NELBO, training (100 steps)", "NELBO, test", "KL, test", "Rec, test", "seeds")
+    lines = head(
+        "step", "NELBO, training (100 steps)", "NELBO, test", "KL, test", "Rec, test", "seeds"
+    )
     tests = [test for run in runs.values() for test in run["tests"]]
-    for step in sorted({test["step"] for test in tests if test["step"] in (2000, 4000) or test["step"] % 10_000 == 0}):
+    for step in sorted(
+        {
+            test["step"]
+            for test in tests
+            if test["step"] in (2000, 4000) or test["step"] % 10_000 == 0
+        }
+    ):
         some = [test for test in tests if test["step"] == step]
-        cells = [mean([test[key] for test in some], 1) for key in ("training", "nelbo", "kl", "rec")]
+        cells = [
+            mean([test[key] for test in some], 1) for key in ("training", "nelbo", "kl", "rec")
+        ]
         lines.append(row(f"{step:,.0f}", *cells, count(some, FSVAE)))
     return lines
 
@@ -462,12 +591,19 @@ def fsvae(known: dict) -> list[str]:
 def speed(known: dict) -> list[str]:
     found, ours = read_json(SPEED), ("textbook", "plain", "compiled", "products", "jax")
     ratios = [("textbook", "plain"), ("textbook", "compiled"), ("jax", "compiled")]
-    titles = [*ours[:3], "matrix products", "JAX", *(" / ".join(pair).replace("jax", "JAX") for pair in ratios)]
+    titles = [
+        *ours[:3],
+        "matrix products",
+        "JAX",
+        *(" / ".join(pair).replace("jax", "JAX") for pair in ratios),
+    ]
     lines = head("ms per step", *titles, "evaluation, s", "textbook", "MB", "textbook")
     for kind, times in found.get("steps", {}).items():
         cells = [f"{median(times[name]):.1f}" if name in times else "" for name in ours]
         pairs = [zip(times.get(above, []), times[below]) for above, below in ratios]  # noqa: B905 (JAX may not be there)
-        cells += [f"{median(some):.2f}" if (some := [a / b for a, b in pair]) else "" for pair in pairs]
+        cells += [
+            f"{median(some):.2f}" if (some := [a / b for a, b in pair]) else "" for pair in pairs
+        ]
         for key, digits in (("seconds", 1), ("megabytes", 0)):
             runs = found["evaluation"].get(kind, {})
             each = [[run[key] for run in runs.get(whose, [])] for whose in ("ours", "textbook")]
@@ -485,7 +621,10 @@ TABLES = {  # what makes it, and the series and stages that it needs
     "iwae": (iwae, BOTH),
     "ssvae": (ssvae, CLASSIFIERS),
     "digits": (per_digit, CLASSIFIERS),
-    "sheet": (sheet, [(series, "train subset 2018 0.4") for series in BINARY.values()] + CLASSIFIERS),
+    "sheet": (
+        sheet,
+        [(series, "train subset 2018 0.4") for series in BINARY.values()] + CLASSIFIERS,
+    ),
     "beta": (beta, [(series, "train subset whole") for series in BETA.values()]),
     "whole": (whole, [(VAE, "train whole deep"), (GMVAE, "train whole")]),
     "fsvae": (fsvae, [(FSVAE, "train")]),
@@ -498,7 +637,9 @@ TABLES = {  # what makes it, and the series and stages that it needs
 def table(name: str, known: dict) -> list[str]:
     """The lines of a table, or one that says that it has no runs."""
     make, needs = TABLES[name]
-    if not needs or any(found(known, series, stage) for series, stages in needs for stage in stages.split()):
+    if not needs or any(
+        found(known, series, stage) for series, stages in needs for stage in stages.split()
+    ):
         return make(known)
     return [f"(no run of this table yet: `python docs/reproduce.py --only {name}`)"]
 
@@ -511,7 +652,9 @@ def marked(page: Path, names: list[str]) -> tuple[list[str], list[tuple[str, int
     lines, places = page.read_text().splitlines(), []
     for at, line in enumerate(lines):
         if mark := re.fullmatch(r"<!-- table (.*) -->", line):
-            rest = [later for later in range(at + 1, len(lines)) if lines[later].startswith("<!-- ")]
+            rest = [
+                later for later in range(at + 1, len(lines)) if lines[later].startswith("<!-- ")
+            ]
             if mark[1] not in TABLES:
                 fail(f"{page.name}:{at + 1}: there is no table {mark[1]}")
             if not rest or lines[rest[0]] != "<!-- end -->":
@@ -522,7 +665,9 @@ def marked(page: Path, names: list[str]) -> tuple[list[str], list[tuple[str, int
 
 def write(names: list[str], known: dict) -> None:
     """Put the tables between their markers."""
-    for page, (lines, places) in [(page, marked(page, names)) for page in PAGES]:  # all are read before one is written
+    for page, (lines, places) in [
+        (page, marked(page, names)) for page in PAGES
+    ]:  # all are read before one is written
         for name, begin, end in reversed(places):
             lines[begin:end] = table(name, known)
         put(page, "\n".join(lines) + "\n")
@@ -535,7 +680,9 @@ def check(names: list[str], known: dict) -> int:
     for page in PAGES:
         lines, places = marked(page, names)
         for name, begin, end in places:
-            for at, (old, new) in enumerate(zip_longest(lines[begin:end], table(name, known), fillvalue="nothing")):
+            for at, (old, new) in enumerate(
+                zip_longest(lines[begin:end], table(name, known), fillvalue="nothing")
+            ):
                 if old != new:
                     count += 1
                     print(f"{page.name}:{begin + at + 1}: table {name}: is {old}, would be {new}")
@@ -568,22 +715,45 @@ def pictures() -> None:
                 to.write_bytes(path.read_bytes())
             print(f"{to.name}: {path}")
     if all(paths := [find(series, "samples") for series in BETA.values()]):
-        rows = [np.pad(image.imread(path)[:112], ((0, 8), (0, 0), (0, 0)), constant_values=1) for path in paths]
+        rows = [
+            np.pad(image.imread(path)[:112], ((0, 8), (0, 0), (0, 0)), constant_values=1)
+            for path in paths
+        ]
         image.imsave(ROOT / "docs" / "beta.png", np.concatenate(rows))
         print(f"beta.png: samples.png of {', '.join(series.name(0) for series in BETA.values())}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="reproduce.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="reproduce.py", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
     parser.error = fail
     text = f"tables, of {', '.join(TABLES)} (default: all)"
-    parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), metavar="NAME", help=text)
-    parser.add_argument("--data_dir", metavar="DIR", help="folder of the data sets, handed to the scripts")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (default: cores)")
-    parser.add_argument("--collect", action="store_true", help="run nothing; read logs/ into docs/figures.json")
-    parser.add_argument("--write", action="store_true", help="run nothing; put the tables into README.md and write-up")
-    parser.add_argument("--check", action="store_true", help="run nothing; name where those tables differ")
-    parser.add_argument("--pictures", action="store_true", help="run nothing; put the pages' pictures into docs/")
+    parser.add_argument(
+        "--only", nargs="+", choices=TABLES, default=list(TABLES), metavar="NAME", help=text
+    )
+    parser.add_argument(
+        "--data_dir", metavar="DIR", help="folder of the data sets, handed to the scripts"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="runs at a time (default: cores)",
+    )
+    parser.add_argument(
+        "--collect", action="store_true", help="run nothing; read logs/ into docs/figures.json"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="run nothing; put the tables into the pages"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="run nothing; name where those tables differ"
+    )
+    parser.add_argument(
+        "--pictures", action="store_true", help="run nothing; put the pages' pictures into docs/"
+    )
     flags = parser.parse_args(argv)
     if flags.jobs < 1:
         fail(f"argument --jobs: takes a whole number from 1, not {flags.jobs}")

@@ -8,7 +8,6 @@ median of the ratios of blocks that ran one after the other.
 # ruff: noqa: E402  (the folder above is put on the path first)
 import argparse
 import importlib
-import io
 import json
 import math
 import os
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
 
@@ -36,8 +34,8 @@ from codebase.models.fsvae import FSVAE
 from codebase.models.gmvae import GMVAE
 from codebase.models.ssvae import SSVAE
 from codebase.models.vae import VAE
-from codebase.runtime import device
-from codebase.runtime.processes import Processes
+from codebase.runtime.launch import own_torch_settings
+from codebase.runtime.parallel import Processes
 
 VARIANTS = "textbook", "plain", "compiled", "products", "jax"
 MODELS = {"vae": VAE, "gmvae": GMVAE, "ssvae": SSVAE, "fsvae": FSVAE}
@@ -53,14 +51,20 @@ def torchvision_data(images):
     """torchvision's own data set, on images that are in memory already."""
     colour = images.pixels.shape[1] == 3072
     found = object.__new__(datasets.SVHN if colour else datasets.MNIST)
-    found.data = images.pixels.reshape(-1, 3, 32, 32).numpy() if colour else images.pixels.reshape(-1, 28, 28)
+    found.data = (
+        images.pixels.reshape(-1, 3, 32, 32).numpy()
+        if colour
+        else images.pixels.reshape(-1, 28, 28)
+    )
     found.targets, found.labels = images.labels, images.labels.numpy()
     found.transform, found.target_transform = ToTensor(), None
     return found
 
 
 def network(a, b, c, activation=nn.ELU):
-    return nn.Sequential(nn.Linear(a, b), activation(), nn.Linear(b, b), activation(), nn.Linear(b, c))
+    return nn.Sequential(
+        nn.Linear(a, b), activation(), nn.Linear(b, b), activation(), nn.Linear(b, c)
+    )
 
 
 def log_normal(x, m, v):
@@ -81,7 +85,9 @@ class Textbook(nn.Module):
     def __init__(self, kind):
         super().__init__()
         self.kind = kind
-        x, y, z, hidden = {"ssvae": (784, 10, 64, 300), "fsvae": (3072, 10, 10, 500)}.get(kind, (784, 0, 10, 300))
+        x, y, z, hidden = {"ssvae": (784, 10, 64, 300), "fsvae": (3072, 10, 10, 500)}.get(
+            kind, (784, 0, 10, 300)
+        )
         self.enc, self.dec = network(x + y, hidden, 2 * z), network(z + y, hidden, x)
         if kind == "ssvae":
             self.cls = network(784, 300, 10, nn.ReLU)
@@ -106,7 +112,11 @@ class Textbook(nn.Module):
             every, tenfold = torch.eye(10).repeat_interleave(len(x), 0), torch.cat([x] * 10)
             m, v, z = self.encode(tenfold, every)
             terms = kl_normal(m, v) - log_bernoulli(tenfold, self.dec(torch.cat([z, every], -1)))
-            nelbo = (log_q.exp() * (log_q + math.log(10) + terms.reshape(10, len(x)).t())).sum(-1).mean()
+            nelbo = (
+                (log_q.exp() * (log_q + math.log(10) + terms.reshape(10, len(x)).t()))
+                .sum(-1)
+                .mean()
+            )
             return nelbo + 100 * F.cross_entropy(self.cls(labelled), torch.arange(100) // 10)
         if self.kind == "fsvae":
             m, v, z = self.encode(x, y)
@@ -134,7 +144,9 @@ def textbook_steps(kind, images, labelled):
             optimizer.zero_grad()
             x = x.reshape(100, -1)
             x = x if kind == "fsvae" else torch.bernoulli(x)
-            loss = model(x, F.one_hot(y, 10).float(), torch.bernoulli(grey) if kind == "ssvae" else None)
+            loss = model(
+                x, F.one_hot(y, 10).float(), torch.bernoulli(grey) if kind == "ssvae" else None
+            )
             loss.backward()
             optimizer.step()
             bar.set_postfix(loss=f"{loss.item():.2e}")
@@ -143,24 +155,28 @@ def textbook_steps(kind, images, labelled):
 
 
 def our_steps(kind, images, labelled, batch_size=100, compiled=False, **options):
-    """The loop of train.fit, without its files; next() does a step."""
-    model, y = MODELS[kind](**options), labelled.one_hot(torch.arange(100))
-    run = importlib.import_module(f"run_{kind}").Run(device="cpu", batch_size=batch_size, compile=str(int(compiled)))
-    training, group = train.Training(model, run, None, lambda step: None), Processes()
+    """The loop of train.train, without its files; next() does a step."""
+    model = MODELS[kind](**options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    processes = Processes("cpu")
+    run = importlib.import_module(f"run_{kind}").parse([]).changed(device="cpu")
+    metrics = train.Metrics(run, None)
+    one_hot = labelled.one_hot(torch.arange(100))
 
     def batch(index):
         if kind == "fsvae":
-            return (images.scaled(index), images.one_hot(index)), ()
-        return (images.binary(index),), (data.binarize(labelled.pixels), y) if kind == "ssvae" else ()
+            return images.scaled(index), images.one_hot(index)
+        if kind == "ssvae":
+            return images.binary(index), data.binarize(labelled.pixels), one_hot
+        return (images.binary(index),)
 
-    with redirect_stdout(io.StringIO()):
-        add = train.choose_gradient(model, batch, run, group, None)
-    assert compiled == (add is not train.add_gradient), "the step could not be compiled"
-    for index in train.order(len(images), batch_size, 0, 0, "cpu"):
-        training.optimizer.zero_grad()
-        names, terms = train.backward(model, batch, index, group, add)
-        training.optimizer.step()
-        training.add(names, terms)
+    step = train.plain_step(model, optimizer, batch, processes)
+    if compiled:
+        example = torch.zeros(batch_size, dtype=torch.int64)
+        step = train.compiled_step(model, optimizer, batch, example)
+    for number, index in enumerate(train.order(len(images), batch_size, 0, 0, "cpu")):
+        processes.seed_step(0, number)
+        metrics.add(step(index))
         yield
 
 
@@ -171,12 +187,17 @@ def product_steps(kind):
     def record(layer, inputs, output):
         x, g = inputs[0].detach().flatten(0, -2), torch.randn_like(output).flatten(0, -2)
         w = layer.weight.detach()[:, : x.shape[1]]
-        products.extend([(x, w.t()), (g[: len(x)].t(), x)] + [(g[: len(x)], w)] * inputs[0].requires_grad)
+        products.extend(
+            [(x, w.t()), (g[: len(x)].t(), x)] + [(g[: len(x)], w)] * inputs[0].requires_grad
+        )
 
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             layer.register_forward_hook(record)
-    x, y = torch.rand(100, 3072 if kind == "fsvae" else 784).round(), F.one_hot(torch.arange(100) % 10, 10).float()
+    x, y = (
+        torch.rand(100, 3072 if kind == "fsvae" else 784).round(),
+        F.one_hot(torch.arange(100) % 10, 10).float(),
+    )
     model.loss(*{"ssvae": (x, x, y), "fsvae": (x, y)}.get(kind, (x,)))
     while True:
         for a, b in products:
@@ -217,15 +238,22 @@ def compare_steps(kind, folder, blocks, peer):
     """Print and return the times of a model's step; peer: a Python that has JAX, or None."""
     images, count = training_images(kind, folder), 20 if kind == "ssvae" else 50
     variants = {"textbook": textbook_steps(kind, *images), "plain": our_steps(kind, *images)}
-    variants |= {"compiled": our_steps(kind, *images, compiled=True), "products": product_steps(kind)}
+    variants |= {
+        "compiled": our_steps(kind, *images, compiled=True),
+        "products": product_steps(kind),
+    }
     if peer:
         command = [peer, str(ROOT / "tests" / "peer_jax.py"), kind, str(count)]
-        variants["jax"] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        variants["jax"] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
     alternate(variants, count, 1)  # compiles
     times = alternate(variants, count, blocks)
     if peer:
         variants["jax"].communicate()
-    cells = (f"{median(times[name]):.2f}".rjust(10) if name in times else " " * 10 for name in VARIANTS)
+    cells = (
+        f"{median(times[name]):.2f}".rjust(10) if name in times else " " * 10 for name in VARIANTS
+    )
     ratios = (f"{ratio(times, *pair):.2f}".rjust(19) if pair[0] in times else "" for pair in RATIOS)
     print(f"{kind:<12}{''.join(cells)}{''.join(ratios)}", flush=True)
     return times
@@ -272,9 +300,14 @@ def compare_evaluation(kind, folder, rounds):
         for whose, found in runs.items():
             found.append(in_process(kind, whose, folder, "1,10,100,1000"))
     seconds, megabytes = (
-        {whose: [run[key] for run in found] for whose, found in runs.items()} for key in ("seconds", "megabytes")
+        {whose: [run[key] for run in found] for whose, found in runs.items()}
+        for key in ("seconds", "megabytes")
     )
-    cells = *map(median, seconds.values()), ratio(seconds, *seconds), *map(median, megabytes.values())
+    cells = (
+        *map(median, seconds.values()),
+        ratio(seconds, *seconds),
+        *map(median, megabytes.values()),
+    )
     print("{:<12}{:20.2f}{:8.2f}{:8.1f}{:20.0f}{:8.0f}".format(kind, *cells), flush=True)
     return runs
 
@@ -286,9 +319,14 @@ def start_up(folder):
     commands |= {"compiled again": [*words, "--compile", "1", "--run", "2"], "--help": ["--help"]}
     with tempfile.TemporaryDirectory() as place:
         for name, flags in commands.items():
-            command, began = [sys.executable, "-u", str(ROOT / "run_vae.py"), *flags], time.perf_counter()
+            command, began = (
+                [sys.executable, "-u", str(ROOT / "run_vae.py"), *flags],
+                time.perf_counter(),
+            )
             known = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(place, "compiled"))}
-            with subprocess.Popen(command, cwd=place, env=known, stdout=subprocess.PIPE, text=True) as process:
+            with subprocess.Popen(
+                command, cwd=place, env=known, stdout=subprocess.PIPE, text=True
+            ) as process:
                 lines = (said for said in process.stdout if said.startswith(("trained", "usage")))
                 (found[name],) = (time.perf_counter() - began for _ in lines)
     return found
@@ -296,14 +334,26 @@ def start_up(folder):
 
 def growth(folder):
     """How cost grows with the batch, the components and the importance samples."""
-    sizes, counts, ms = (100, 1000, 10_000), (10, 100, 1000, 10_000), (1, 100, 1000, 10_000, 100_000)
+    sizes, counts, ms = (
+        (100, 1000, 10_000),
+        (10, 100, 1000, 10_000),
+        (1, 100, 1000, 10_000, 100_000),
+    )
     out, images = {}, {kind: training_images(kind, folder) for kind in MODELS}
-    variants = {f"{kind} ms per step, batch": {n: our_steps(kind, *images[kind], n) for n in sizes} for kind in MODELS}
-    variants["gmvae ms per step, k"] = {k: our_steps("gmvae", *images["gmvae"], k=k) for k in counts}
+    variants = {
+        f"{kind} ms per step, batch": {n: our_steps(kind, *images[kind], n) for n in sizes}
+        for kind in MODELS
+    }
+    variants["gmvae ms per step, k"] = {
+        k: our_steps("gmvae", *images["gmvae"], k=k) for k in counts
+    }
     for name, steps in variants.items():
         out[name] = {n: median(times) for n, times in alternate(steps, 5, 3).items()}
     found = {m: in_process("vae", "ours", folder, m) for m in ms}
-    return out | {f"vae evaluation {key}, m": {m: found[m][key] for m in ms} for key in ("seconds", "megabytes")}
+    return out | {
+        f"vae evaluation {key}, m": {m: found[m][key] for m in ms}
+        for key in ("seconds", "megabytes")
+    }
 
 
 def profile(kind, folder):
@@ -312,22 +362,35 @@ def profile(kind, folder):
     alternate({"warm up": steps}, 5, 1)
     with torch.profiler.profile() as found:
         alternate({"ours": steps}, 20, 1)
-    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+    print(
+        found.key_averages().table(
+            sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40
+        )
+    )
 
 
-@device.no_denormals()  # as the scripts compute
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="finish in three minutes")
-    parser.add_argument("--profile", choices=MODELS, help="only print what the time of this model's step goes to")
-    parser.add_argument("--peer", choices=["jax"], help="measure this library's version of the models beside ours")
-    parser.add_argument("--peer_python", default=sys.executable, help="the Python in which it is installed")
+    parser.add_argument(
+        "--profile", choices=MODELS, help="only print what the time of this model's step goes to"
+    )
+    parser.add_argument(
+        "--peer", choices=["jax"], help="measure this library's version of the models beside ours"
+    )
+    parser.add_argument(
+        "--peer_python", default=sys.executable, help="the Python in which it is installed"
+    )
     parser.add_argument("--data_dir", default="data", help="where the drawn digits are stored")
     parser.add_argument("--output", default="benchmark.json")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = str(Path(args.data_dir).resolve())
-    device.keep_freed_memory()  # as the scripts do; in one process the textbook version gains by it too
+    with own_torch_settings("cpu"):  # as the scripts compute; the textbook version gains by it too
+        measure(args, folder)
+
+
+def measure(args, folder):
     if args.child:
         *words, ms = args.child
         return evaluation(*words, tuple(map(int, ms.split(","))))
@@ -338,13 +401,23 @@ def main():
     found |= {"capability": torch.backends.cpu.get_cpu_capability()}
     found |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     print("{cpu}, {capability}, {threads} threads, torch {torch}\n".format(**found))
-    names = "".join(name.rjust(10) for name in VARIANTS) + "".join("/".join(pair).rjust(19) for pair in RATIOS)
+    names = "".join(name.rjust(10) for name in VARIANTS) + "".join(
+        "/".join(pair).rjust(19) for pair in RATIOS
+    )
     print(f"{'ms per step':<12}{names}")
     peer = args.peer_python if args.peer else None
-    found["steps"] = {kind: compare_steps(kind, folder, 5 if args.quick else 9, peer) for kind in MODELS}
-    print(f"\n{'evaluation':<12}{'seconds: textbook':>20}{'ours':>8}{'ratio':>8}{'MB: textbook':>20}{'ours':>8}")
-    found["evaluation"] = {kind: compare_evaluation(kind, folder, 1 if args.quick else 5) for kind in ("vae", "gmvae")}
-    found["growth"] = {"start-up, seconds": start_up(folder)} | ({} if args.quick else growth(folder))
+    found["steps"] = {
+        kind: compare_steps(kind, folder, 5 if args.quick else 9, peer) for kind in MODELS
+    }
+    print(
+        f"\n{'evaluation':<12}{'seconds: textbook':>20}{'ours':>8}{'ratio':>8}{'MB: textbook':>20}{'ours':>8}"
+    )
+    found["evaluation"] = {
+        kind: compare_evaluation(kind, folder, 1 if args.quick else 5) for kind in ("vae", "gmvae")
+    }
+    found["growth"] = {"start-up, seconds": start_up(folder)} | (
+        {} if args.quick else growth(folder)
+    )
     for name, values in found["growth"].items():
         print(f"{name}: " + ", ".join(f"{size}: {value:.2f}" for size, value in values.items()))
     Path(args.output).write_text(json.dumps(found, indent=1) + "\n")

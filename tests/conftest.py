@@ -1,17 +1,17 @@
-"""What the tests share: the scripts as a user calls them, what they stored, drawn digits, and real MNIST if present."""
+"""What tests share: scripts as a user calls them, what they stored, digits, MNIST if present."""
 
 import csv
 import importlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two threads that share a busy machine wait for each other
+# Before torch is loaded: two threads that share a busy machine wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -29,18 +29,20 @@ NAMES = {  # of the runs with default settings on the drawn digits
     "fsvae": "model=fsvae_data=digits_run=0000",
 }
 
-needs_mnist = pytest.mark.skipif(
-    not (MNIST / "MNIST" / "raw" / "t10k-images-idx3-ubyte").exists(), reason="no MNIST in MNIST_DIR"
-)
-needs_reference = pytest.mark.skipif(
-    not (REFERENCE / "checkpoints").exists(), reason="no reference checkpoints in REFERENCE_DIR"
-)
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler on this machine")
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA on this machine")
+MNIST_TEST = MNIST / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+CHECKPOINTS = REFERENCE / "checkpoints"
+COMPILER = shutil.which("g++")
+
+skip_if = pytest.mark.skipif
+needs_mnist = skip_if(not MNIST_TEST.exists(), reason="no MNIST in MNIST_DIR")
+needs_reference = skip_if(not CHECKPOINTS.exists(), reason="no checkpoints in REFERENCE_DIR")
+needs_compiler = skip_if(not COMPILER, reason="no C++ compiler on this machine")
+needs_cuda = skip_if(not torch.cuda.is_available(), reason="no CUDA on this machine")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="the long variants too: more kills, more models")
+    text = "the long variants too: more kills, more models"
+    parser.addoption("--long", action="store_true", help=text)
 
 
 def pytest_configure(config):
@@ -67,7 +69,9 @@ def command(script: str, *flags) -> list[str]:
 def of_all_workers(tmp_path_factory) -> Path:
     """A folder of this test run that its workers share."""
     base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return base.parent
+    return base
 
 
 @pytest.fixture(scope="session")
@@ -77,32 +81,32 @@ def digits_dir(tmp_path_factory) -> Path:
 
     folder = of_all_workers(tmp_path_factory) / "drawn"
     folder.mkdir(exist_ok=True)
-    for split in ("train", "test"):  # the colour ones are drawn by the first test that wants them
+    for split in ["train", "test"]:  # the colour ones are drawn by the first test that wants them
         data.drawn_digits(str(folder), split, False)
     return folder
 
 
 @pytest.fixture
 def main(tmp_path, monkeypatch, capfd):
-    """Call main() of a script in an empty folder with these flags and no others: main("vae", "--iter_max", 20).
+    """Call main() of a script in an empty folder, with no other flags: main("vae", "--z", 4).
 
-    Its plots are stored without being rendered, which takes longer than all else, unless plots=True.
+    Its plots are stored without being rendered, which takes longest of all, unless plots=True.
     """
+
+    def savefig(figure, file, **options) -> None:
+        file.write(b"a plot")
 
     def run(name: str, *flags, cwd=tmp_path, plots=False) -> subprocess.CompletedProcess:
         words = [f"run_{name}.py", *map(str, flags)]
         if not plots:
-            monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **_: file.write(b"a plot"))
+            monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", words)
-        before = signal.getsignal(signal.SIGTERM)
         capfd.readouterr()
         try:
             code = importlib.import_module(f"run_{name}").main(words[1:])
         except SystemExit as exit:
             code = exit.code
-        finally:
-            signal.signal(signal.SIGTERM, before)
         return subprocess.CompletedProcess(words, code, *capfd.readouterr())
 
     return run
@@ -110,7 +114,7 @@ def main(tmp_path, monkeypatch, capfd):
 
 @pytest.fixture
 def script(main, digits_dir):
-    """Call main() of a script in an empty folder on drawn digits: script("vae", "--iter_max", 20)."""
+    """Call main() of a script in an empty folder on drawn digits: script("vae", "--z", 4)."""
 
     def run(name: str, *flags, **kwargs) -> subprocess.CompletedProcess:
         return main(name, "--data", "digits", "--data_dir", digits_dir, *flags, **kwargs)
@@ -120,22 +124,23 @@ def script(main, digits_dir):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Send all downloads to a port on which nobody listens, at once or in processes started from here."""
-    monkeypatch.setattr(urllib.request, "_opener", None)  # made at the first download, with the proxies of then
-    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+    """Send all downloads to a port on which nobody listens, those of started processes too."""
+    # It is made at the first download, with the proxies of that time.
+    monkeypatch.setattr(urllib.request, "_opener", None)
+    for variable in ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"]:
         monkeypatch.setenv(variable, "http://127.0.0.1:9")
-    for variable in ("no_proxy", "NO_PROXY"):
+    for variable in ["no_proxy", "NO_PROXY"]:
         monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.fixture
 def process(tmp_path, digits_dir):
-    """Run a script in a process of its own: process("vae", "--iter_max", 20) -> CompletedProcess."""
+    """Run a script in a process of its own on drawn digits: process("vae", "--z", 4)."""
 
     def run(name: str, *flags, env=None, cwd=tmp_path) -> subprocess.CompletedProcess:
-        flags = ["--data", "digits", "--data_dir", digits_dir, *flags]
+        words = command(name, "--data", "digits", "--data_dir", digits_dir, *flags)
         return subprocess.run(
-            command(name, *flags),
+            words,
             cwd=cwd,
             env={**os.environ, **(env or {})},
             capture_output=True,
@@ -149,7 +154,8 @@ def process(tmp_path, digits_dir):
 def start(model: str, folder: Path, digits_dir: Path, *flags, **kwargs) -> subprocess.Popen:
     """A script in a process of its own that is left running."""
     words = command(model, "--data", "digits", "--data_dir", digits_dir, *flags)
-    return subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, cwd=folder, stdout=pipe, stderr=pipe, text=True, **kwargs)
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
@@ -158,17 +164,36 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-def torchrun(count: int, model: str, folder: Path, digits_dir: Path, *flags, env=None) -> subprocess.CompletedProcess:
+def torchrun(
+    count: int, model: str, folder: Path, digits_dir: Path, *flags, env=None
+) -> subprocess.CompletedProcess:
     """A script on several processes of one thread each."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "--"]
-    words += command(model, "--data", "digits", "--data_dir", digits_dir, *flags)[1:]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    script = command(model, "--data", "digits", "--data_dir", digits_dir, *flags)
+    return on_processes(count, folder, script[1:], env)
+
+
+def on_processes(
+    count: int, folder: Path, program: list[str], env=None
+) -> subprocess.CompletedProcess:
+    """A Python program and its flags on several processes, which torchrun starts in a folder."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*launcher, f"--nproc_per_node={count}", "--", *program],
+        cwd=folder,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file under a folder with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    content = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            content[str(path.relative_to(folder))] = path.read_bytes()
+    return content
 
 
 def weights(folder: Path, name: str, step: int) -> dict[str, torch.Tensor]:
@@ -184,23 +209,29 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def table(folder: Path, name: str) -> list[dict[str, str]]:
     """metrics.csv without the one column that no two runs share."""
     with (folder / "logs" / name / "metrics.csv").open() as file:
-        return [{key: row[key] for key in row if key != "seconds"} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row["seconds"]
+    return rows
 
 
 def checkpoint_steps(folder: Path, model: str) -> list[int]:
     """The steps at which the default run of a model stored its weights, ascending."""
-    return sorted(int(path.stem[6:]) for path in (folder / "checkpoints" / NAMES[model]).glob("model-*.pt"))
+    paths = (folder / "checkpoints" / NAMES[model]).glob("model-*.pt")
+    return sorted(int(path.stem.removeprefix("model-")) for path in paths)
 
 
 class Largest(TorchDispatchMode):
     """Inside, remember the size of the largest tensor that is made."""
 
-    elements = bytes = 0
+    elements = 0
+    bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for made in out if isinstance(out, tuple | list) else [out]:
             if isinstance(made, torch.Tensor):
-                storage = made.untyped_storage().nbytes()  # less than its elements' where it is expanded
-                self.elements, self.bytes = max(self.elements, made.numel()), max(self.bytes, storage)
+                storage = made.untyped_storage().nbytes()  # less than its elements' where expanded
+                self.elements = max(self.elements, made.numel())
+                self.bytes = max(self.bytes, storage)
         return out

@@ -16,7 +16,9 @@ from jax.nn import elu, log_softmax, one_hot, relu, softplus
 from jax.scipy.special import logsumexp
 
 KIND, STEPS = sys.argv[1], int(sys.argv[2])
-X_DIM, HIDDEN, Z_DIM, Y_DIM = {"ssvae": (784, 300, 64, 10), "fsvae": (3072, 500, 10, 10)}.get(KIND, (784, 300, 10, 0))
+X_DIM, HIDDEN, Z_DIM, Y_DIM = {"ssvae": (784, 300, 64, 10), "fsvae": (3072, 500, 10, 10)}.get(
+    KIND, (784, 300, 10, 0)
+)
 N, BATCH, MIX, RATE = 20_000, 100, 500, 1e-3
 
 
@@ -79,9 +81,15 @@ def binarize(key, pixels):
 def step(carry, index):
     model, m, v, count, key = carry
     key, *keys = jax.random.split(key, 4)
-    x = pixels[index].astype(jnp.float32) / 255 if KIND == "fsvae" else binarize(keys[0], pixels[index])
+    x = (
+        pixels[index].astype(jnp.float32) / 255
+        if KIND == "fsvae"
+        else binarize(keys[0], pixels[index])
+    )
     labelled = binarize(keys[1], pixels[:100]) if KIND == "ssvae" else None
-    value, gradient = jax.value_and_grad(loss)(model, keys[2], x, one_hot(labels[index], 10), labelled)
+    value, gradient = jax.value_and_grad(loss)(
+        model, keys[2], x, one_hot(labels[index], 10), labelled
+    )
     count = count + 1
     m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, gradient)
     v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, v, gradient)

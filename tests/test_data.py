@@ -1,18 +1,16 @@
-"""The data: course subset, binarisation, epochs, damaged files, which data set a run has, downloads, drawn digits."""
+"""The data: subsets, binarisation, epochs, damaged files, the choice of a data set, downloads."""
 
 import errno
 import gzip
 import hashlib
 import io
 import os
+import shlex
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -25,56 +23,74 @@ from conftest import MNIST, needs_mnist, tree
 import run_fsvae
 import run_vae
 from codebase import data, digits, train
-from codebase.runtime import download
+from codebase.runtime import download, options
 from codebase.runtime.files import Missing, UsageError, model_path, state_path
 
 TEST_FILES = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
 @needs_mnist
-def test_the_test_subset_is_the_courses_to_the_last_bit():
+def test_the_subset_of_mnist_is_the_courses():
     x = data.test_subset(data.mnist(str(MNIST), "test", check=1))
     assert int(x.sum()) == data.COURSE["test_binarized"]["ones"]
-    digest = hashlib.sha256(x.numpy().astype(np.uint8).tobytes()).hexdigest()
-    assert digest == data.COURSE["test_binarized"]["sha256_uint8"]
+    assert digest(x) == data.COURSE["test_binarized"]["sha256_uint8"]
 
 
 def digest(pixels: torch.Tensor) -> str:
     return hashlib.sha256(pixels.numpy().astype(np.uint8).tobytes()).hexdigest()
 
 
-def test_the_images_that_come_with_the_package_are_the_courses_to_the_last_bit():
-    """Without MNIST: by the checksum of the subset once binarised, and by that of the labelled images' grey bytes."""
-    test, labelled = data.course("test"), data.course("train")
+def ten_of_each(count: int = 10) -> list[int]:
+    """The labels of that many images of each digit, class after class."""
+    return np.arange(10).repeat(count).tolist()
+
+
+def test_the_packaged_images_are_the_courses():
+    """By checksums: of the binarised subset, and of the labelled images' grey bytes."""
+    test = data.course("test")
+    labelled = data.course("train")
     x = data.test_subset(test)
     assert x.shape == (100, 784) and int(x.sum()) == data.COURSE["test_binarized"]["ones"]
     assert digest(x) == data.COURSE["test_binarized"]["sha256_uint8"]
-    assert digest(labelled.pixels) == "661bd79754bf9ee105bae5595beb334001007475c0742d641eb8f19d3fca1679"
-    for images in (test, labelled):
+    wanted = "661bd79754bf9ee105bae5595beb334001007475c0742d641eb8f19d3fca1679"
+    assert digest(labelled.pixels) == wanted
+    for images in [test, labelled]:
         assert images.pixels.shape == (100, 784) and images.pixels.dtype == torch.uint8
-        assert images.labels.tolist() == [digit for digit in range(10) for _ in range(10)]
+        assert images.labels.tolist() == ten_of_each()
     assert data.COURSE_IMAGES.stat().st_size < 50_000
 
 
-def test_the_old_draws_are_those_of_torch_now_and_of_torch_0_4_and_the_whole_split_has_the_present_rule():
-    test, before = data.course("test"), torch.get_rng_state()
-    old, older, whole = (data.test_subset(test, which) for which in ("2018", "torch-0.4", "all"))
+def test_old_draws_are_those_of_old_torch():
+    test = data.course("test")
+    before = torch.get_rng_state()
+    old = data.test_subset(test, "2018")
+    older = data.test_subset(test, "torch-0.4")
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(0)
-    assert torch.equal(old, torch.bernoulli(test.pixels / 255)) and torch.equal(whole, data.binarize_once(test.pixels))
-    many = data.Images(torch.full((230, 784), 128, dtype=torch.uint8), torch.full((230,), -1))
-    sizes = [len(data.test_subset(many, which)) for which in ("subset", "2018", "torch-0.4", "all")]
-    assert sizes == [100, 100, 100, 230]
-    words = np.frombuffer(np.random.RandomState(0).bytes(8 * old.numel()), "<u4").astype(np.uint64)  # Mersenne Twister
+    assert torch.equal(old, torch.bernoulli(test.pixels / 255))
+
+    probabilities = (test.pixels / 255).flatten().double().numpy()
+    stream = np.random.RandomState(0).bytes(8 * old.numel())  # Mersenne Twister, as torch has it
+    words = np.frombuffer(stream, "<u4").astype(np.uint64)
+    short = words[: old.numel()] & np.uint64(2**24 - 1)
     long = ((words[::2] << np.uint64(32)) | words[1::2]) & np.uint64(2**53 - 1)
-    for drawn, u in ((old, (words[: old.numel()] & np.uint64(2**24 - 1)) / 2**24), (older, long / 2**53)):
-        assert np.array_equal(drawn.flatten() == 1, u <= (test.pixels / 255).flatten().double().numpy())
+    assert np.array_equal(old.flatten() == 1, short / 2**24 <= probabilities)
+    assert np.array_equal(older.flatten() == 1, long / 2**53 <= probabilities)
+
+
+def test_a_whole_split_has_the_present_rule():
+    test = data.course("test")
+    assert torch.equal(data.test_subset(test, "all"), data.binarize_once(test.pixels))
+    many = data.Images(torch.full((230, 784), 128, dtype=torch.uint8), torch.full((230,), -1))
+    sizes = [len(data.test_subset(many, which)) for which in ["subset", "2018", "torch-0.4", "all"]]
+    assert sizes == [100, 100, 100, 230]
 
 
 @needs_mnist
-def test_the_images_that_come_with_the_package_are_mnists_own():
+def test_the_packaged_images_are_mnists_own():
     for split in ("train", "test"):
-        images, course = data.mnist(str(MNIST), split, check=1), data.course(split)
+        images = data.mnist(str(MNIST), split, check=1)
+        course = data.course(split)
         positions = images.positions(split)
         assert torch.equal(images.pixels[positions], course.pixels)
         assert torch.equal(images.labels[positions], course.labels)
@@ -84,37 +100,41 @@ def test_the_images_that_come_with_the_package_are_mnists_own():
             assert torch.equal(data.labelled_set(images).pixels, course.pixels)
 
 
-def evaluating(data_dir, **changes) -> run_vae.Run:
-    return run_vae.Run(**{"data": "mnist", "data_dir": str(data_dir), "device": "cpu", "train": 0} | changes)
+def mnist_run(data_dir, **changes) -> options.Run:
+    run = run_vae.parse([]).changed(data="mnist", data_dir=str(data_dir), device="cpu")
+    return run.changed(**changes)
 
 
-def test_where_mnist_is_not_there_the_courses_images_take_the_place_of_its_test_split_for_its_subset(tmp_path):
-    images = data.load(evaluating(tmp_path), "test")
-    assert torch.equal(images.pixels, data.course("test").pixels)
-    for needs in ({"test": "all"}, {"train": 1}):
+def test_without_mnist_the_packaged_images_are_evaluated(
+    tmp_path,
+):
+    run = mnist_run(tmp_path, train=0)
+    assert torch.equal(data.load(run, "test").pixels, data.course("test").pixels)
+    for in_need in [run.changed(test="all"), run.changed(train=1)]:
         with pytest.raises(UsageError, match="t10k-images-idx3-ubyte cannot be read"):
-            data.load(evaluating(tmp_path, **needs), "test")
+            data.load(in_need, "test")
 
 
-def test_where_mnists_test_split_is_there_it_is_read_whole_even_for_the_subset(published, tmp_path):
-    assert len(data.load(evaluating(tmp_path), "test")) == 10_000
+def test_mnists_test_split_is_read_whole(published, tmp_path):
+    run = mnist_run(tmp_path, train=0)
+    assert len(data.load(run, "test")) == 10_000
     flip(published / TEST_FILES[0], -1)
     with pytest.raises(UsageError, match="SHA-256"):
-        data.load(evaluating(tmp_path), "test")
+        data.load(run, "test")
 
 
 @needs_mnist
 def test_mnist_is_read_whole_with_its_published_classes():
     for split, count in (("train", 60_000), ("test", 10_000)):
-        images = data.load(run_vae.Run(data="mnist", data_dir=str(MNIST), device="cpu"), split)
+        images = data.load(mnist_run(MNIST), split)
         assert images.pixels.shape == (count, 784) and images.pixels.dtype == torch.uint8
         assert torch.bincount(images.labels).tolist() == data.COURSE["class_counts"][split]
 
 
-def test_subsets_take_ten_images_of_each_digit_and_keep_the_courses_repetitions(digits_dir):
+def test_the_labelled_subset_keeps_the_courses_repetitions(digits_dir):
     images = data.drawn_digits(str(digits_dir), "train", colour=False)
     labelled = data.labelled_set(images)
-    assert labelled.labels.tolist() == [digit for digit in range(10) for _ in range(10)]
+    assert labelled.labels.tolist() == ten_of_each()
     positions = images.positions("train")
     assert torch.equal(images.labels[positions], labelled.labels)
     assert torch.equal(images.pixels[positions], labelled.pixels)
@@ -123,19 +143,23 @@ def test_subsets_take_ten_images_of_each_digit_and_keep_the_courses_repetitions(
 
 
 @pytest.mark.parametrize("count", [10, 50, 200, 1000, 3000])
-def test_labels_beyond_the_courses_are_as_many_of_each_digit_in_a_fixed_order_and_none_twice(count, digits_dir):
+def test_more_labels_are_balanced_fixed_and_none_twice(count, digits_dir):
     images = data.drawn_digits(str(digits_dir), "train", colour=False)
     each = count // 10
     positions = images.positions("train", each)
-    assert images.labels[positions].tolist() == [digit for digit in range(10) for _ in range(each)]
+    assert images.labels[positions].tolist() == ten_of_each(each)
     assert torch.equal(positions, images.positions("train", each))
-    by_digit, course = positions.reshape(10, each), images.positions("train").reshape(10, 10)
+    by_digit = positions.reshape(10, each)
+    course = images.positions("train").reshape(10, 10)
     assert torch.equal(by_digit[:, :10], course[:, :each])  # the course's come first
     new = by_digit[:, 10:].flatten()
-    assert len(new.unique()) == len(new) and not set(new.tolist()) & set(course.flatten().tolist())
+    assert len(new.unique()) == len(new)
+    assert not torch.isin(new, course).any()
     more = images.positions("train", each + 10).reshape(10, each + 10)
     assert torch.equal(more[:, :each], by_digit)  # a larger set holds the smaller one
-    assert each < 20 or new.reshape(10, -1)[3].tolist() != sorted(new.reshape(10, -1)[3].tolist())
+    if each >= 20:
+        threes = new.reshape(10, -1)[3].tolist()
+        assert threes != sorted(threes)
     labelled = data.labelled_set(images, count)
     assert len(labelled) == count and torch.equal(labelled.pixels, images.pixels[positions])
 
@@ -144,45 +168,51 @@ def test_mnist_has_the_labels_that_the_flag_takes():
     assert min(data.COURSE["class_counts"]["train"]) >= 5000
 
 
-def test_too_few_images_of_a_digit_are_told_with_their_number():
+def test_too_few_images_of_a_digit_are_counted():
     images = data.Images(torch.zeros(75, 784, dtype=torch.uint8), torch.arange(75) % 10)
     assert len(data.labelled_set(images, 70)) == 70
-    with pytest.raises(UsageError, match=r"argument --labels: takes 8 images of each digit, and of 5 there are 7"):
+    words = "argument --labels: takes 8 images of each digit, and of 5 there are 7"
+    with pytest.raises(UsageError, match=words):
         data.labelled_set(images, 80)
 
 
-def test_a_split_without_the_courses_images_is_evaluated_on_its_first_hundred():
-    pixels = torch.randint(0, 2, (130, 784), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)) * 255
-    for count, labels in ((130, torch.arange(130) % 10), (130, torch.full((130,), -1)), (7, torch.arange(7))):
-        found = data.test_subset(data.Images(pixels[:count], labels))
-        assert torch.equal(found, (pixels[: min(count, 100)] / 255))
+def test_another_split_has_its_first_hundred_evaluated():
+    stream = torch.Generator().manual_seed(0)
+    ink = torch.randint(0, 2, (130, 784), dtype=torch.uint8, generator=stream)
+    for labels in [torch.arange(130) % 10, torch.full((130,), -1), torch.arange(7)]:
+        images = data.Images(255 * ink[: len(labels)], labels)
+        assert torch.equal(data.test_subset(images), ink[: len(labels)][:100].float())
 
 
-def test_binarisation_draws_every_grey_level_with_its_own_probability():
+def test_binarisation_draws_each_grey_level_with_its_probability():
     torch.manual_seed(0)
     grey = torch.arange(256, dtype=torch.uint8).repeat(40_000, 1)
     drawn = data.binarize(grey)
     assert set(drawn.unique().tolist()) == {0.0, 1.0}
-    share, p = drawn.mean(0), torch.arange(256) / 255
+    share = drawn.mean(0)
+    p = torch.arange(256) / 255
     assert share[0] == 0 and share[255] == 1
     deviations = (share - p)[1:-1] / (p * (1 - p) / 40_000).sqrt()[1:-1]
     assert deviations.abs().max() < 4.5 and abs(deviations.mean()) < 0.3
 
 
-def test_a_batch_holds_the_images_and_labels_at_its_positions():
+def test_a_batch_holds_what_stands_at_its_positions():
     pixels = torch.tensor([[0, 255], [255, 0], [51, 51]], dtype=torch.uint8)
-    images, index = data.Images(pixels, torch.tensor([7, 0, 3])), torch.tensor([2, 0, 0])
-    torch.testing.assert_close(images.scaled(index), torch.tensor([[0.2, 0.2], [0.0, 1.0], [0.0, 1.0]]))
+    images = data.Images(pixels, torch.tensor([7, 0, 3]))
+    index = torch.tensor([2, 0, 0])
+    scaled = torch.tensor([[0.2, 0.2], [0.0, 1.0], [0.0, 1.0]])
+    torch.testing.assert_close(images.scaled(index), scaled)
     assert images.binary(index)[1:].tolist() == [[0.0, 1.0], [0.0, 1.0]]
     assert torch.equal(images.one_hot(index), torch.eye(10)[[3, 7, 7]])
 
 
-def test_every_epoch_is_a_full_shuffled_pass_whatever_the_batch_size():
+def test_every_epoch_is_a_full_shuffled_pass():
     batches = train.order(103, 10, seed=1, start=0, device="cpu")
     stream = torch.cat([next(batches) for _ in range(31)])
     epochs = stream[:309].reshape(3, 103)
     assert all(sorted(epoch.tolist()) == list(range(103)) for epoch in epochs)
-    assert not torch.equal(epochs[0], epochs[1]) and epochs[0].tolist() != sorted(epochs[0].tolist())
+    assert not torch.equal(epochs[0], epochs[1])
+    assert epochs[0].tolist() != list(range(103))
 
 
 def test_a_batch_may_be_larger_than_the_split():
@@ -194,18 +224,27 @@ def test_a_batch_may_be_larger_than_the_split():
 def test_the_order_can_be_entered_at_any_step():
     from_start = train.order(103, 10, seed=1, start=0, device="cpu")
     batches = [next(from_start) for _ in range(40)]
-    for start in (1, 10, 11, 35):
-        assert torch.equal(next(train.order(103, 10, seed=1, start=start, device="cpu")), batches[start])
-    assert not torch.equal(next(train.order(103, 10, seed=2, start=35, device="cpu")), batches[35])
+    for start in [1, 10, 11, 35]:
+        entered = train.order(103, 10, seed=1, start=start, device="cpu")
+        assert torch.equal(next(entered), batches[start])
+    other_seed = train.order(103, 10, seed=2, start=35, device="cpu")
+    assert not torch.equal(next(other_seed), batches[35])
 
 
 @pytest.fixture(scope="module")
 def idx(digits_dir) -> dict[str, bytes]:
     """The files of MNIST's test split in its own format and sizes, but with drawn digits."""
     images = data.drawn_digits(str(digits_dir), "test", colour=False)
-    headers = np.array([2051, 10_000, 28, 28], ">i4").tobytes(), np.array([2049, 10_000], ">i4").tobytes()
-    contents = images.pixels.numpy().tobytes(), images.labels.to(torch.uint8).numpy().tobytes()
-    return {name: header + content for name, header, content in zip(TEST_FILES, headers, contents, strict=True)}
+    pixels = images.pixels.numpy()
+    labels = images.labels.numpy().astype(np.uint8)
+    return {
+        TEST_FILES[0]: idx_file([2051, 10_000, 28, 28], pixels),
+        TEST_FILES[1]: idx_file([2049, 10_000], labels),
+    }
+
+
+def idx_file(header: list[int], content: np.ndarray) -> bytes:
+    return np.array(header, ">i4").tobytes() + content.tobytes()
 
 
 @pytest.fixture
@@ -227,10 +266,10 @@ def published(idx, raw, monkeypatch) -> Path:
     return raw
 
 
-def test_files_that_are_not_the_published_ones_are_refused_unless_allowed(raw, tmp_path):
+def test_unpublished_files_are_refused_unless_allowed(raw, tmp_path):
     with pytest.raises(UsageError, match=r"t10k-images-idx3-ubyte.*SHA-256.*--check_data 0"):
-        data.load(run_vae.Run(data="mnist", data_dir=str(tmp_path), device="cpu"), "test")
-    images = data.load(run_vae.Run(data="mnist", data_dir=str(tmp_path), device="cpu", check_data=0), "test")
+        data.load(mnist_run(tmp_path), "test")
+    images = data.load(mnist_run(tmp_path, check_data=0), "test")
     assert images.pixels.shape == (10_000, 784) and images.labels.max() == 9
 
 
@@ -243,20 +282,27 @@ def flip(path: Path, at: int):
 
 @pytest.mark.parametrize(
     "name, at",
-    [(TEST_FILES[0], at) for at in (16, 16 + 784 * 5000 + 300, -1)] + [(TEST_FILES[1], at) for at in (8, -1)],
+    [
+        (TEST_FILES[0], 16),
+        (TEST_FILES[0], 16 + 784 * 5000 + 300),
+        (TEST_FILES[0], -1),
+        (TEST_FILES[1], 8),
+        (TEST_FILES[1], -1),
+    ],
 )
-def test_one_changed_byte_is_found_by_the_checksum_and_by_nothing_else(published, tmp_path, name, at):
+def test_one_changed_byte_is_found_by_checksum_alone(published, tmp_path, name, at):
     before = data.mnist(str(tmp_path), "test", check=1)
     flip(published / name, at)
-    with pytest.raises(UsageError, match=rf"{name} is not the published file .*SHA-256.*--check_data 0"):
+    words = rf"{name} is not the published file .*SHA-256.*--check_data 0"
+    with pytest.raises(UsageError, match=words):
         data.mnist(str(tmp_path), "test", check=1)
     after = data.mnist(str(tmp_path), "test", check=0)
-    changed = {"pixels": (before.pixels != after.pixels).sum(), "labels": (before.labels != after.labels).sum()}
-    assert changed == ({"pixels": 1, "labels": 0} if "images" in name else {"pixels": 0, "labels": 1})
+    assert (before.pixels != after.pixels).sum() == ("images" in name)
+    assert (before.labels != after.labels).sum() == ("labels" in name)
 
 
 @needs_mnist
-def test_one_changed_byte_of_the_published_files_is_found(tmp_path):
+def test_one_changed_byte_of_mnist_is_found(tmp_path):
     folder = tmp_path / "MNIST" / "raw"
     folder.mkdir(parents=True)
     for name in TEST_FILES:
@@ -267,7 +313,7 @@ def test_one_changed_byte_of_the_published_files_is_found(tmp_path):
         data.mnist(str(tmp_path), "test", check=1)
 
 
-def test_the_bytes_that_were_checked_are_the_bytes_that_are_used(published, tmp_path, monkeypatch):
+def test_the_checked_bytes_are_the_used_bytes(published, tmp_path, monkeypatch):
     def change_after(content):
         digest = hashlib.sha256(content)
         for name in TEST_FILES:
@@ -282,14 +328,16 @@ def test_the_bytes_that_were_checked_are_the_bytes_that_are_used(published, tmp_
     assert tree(published) != before and torch.equal(labels.long(), wanted.labels)
 
 
-def test_an_old_processed_file_beside_the_raw_ones_is_never_used(published, tmp_path):
+def test_old_processed_files_are_never_used(published, tmp_path):
     processed = published.parent / "processed"
     processed.mkdir()
-    for name in ("training.pt", "test.pt"):
-        torch.save((torch.zeros(10_000, 28, 28).byte(), torch.zeros(10_000).long()), processed / name)
+    black = torch.zeros(10_000, 28, 28).byte(), torch.zeros(10_000).long()
+    for name in ["training.pt", "test.pt"]:
+        torch.save(black, processed / name)
     images = data.mnist(str(tmp_path), "test", check=1)
+    labels = images.labels.to(torch.uint8)
     assert images.pixels.numpy().tobytes() == (published / TEST_FILES[0]).read_bytes()[16:]
-    assert images.labels.to(torch.uint8).numpy().tobytes() == (published / TEST_FILES[1]).read_bytes()[8:]
+    assert labels.numpy().tobytes() == (published / TEST_FILES[1]).read_bytes()[8:]
 
 
 def truncated(path: Path):
@@ -340,11 +388,12 @@ HARMS = {  # in words that say nothing of another harm
 
 @pytest.mark.parametrize("harm", HARMS)
 @pytest.mark.parametrize("name", TEST_FILES)
-def test_a_damaged_mnist_file_is_named_with_harm_and_cure_and_left_alone(published, tmp_path, name, harm):
+def test_a_damaged_mnist_file_is_named_with_cure(published, tmp_path, name, harm):
     harm(published / name)
     before = tree(tmp_path)
-    for check in (0, 1):
-        with pytest.raises(UsageError, match=rf"{name} {HARMS[harm]}.*: .*put an intact copy in its place$"):
+    words = rf"{name} {HARMS[harm]}.*: .*put an intact copy in its place$"
+    for check in [0, 1]:
+        with pytest.raises(UsageError, match=words):
             data.mnist(str(tmp_path), "test", check)
     assert tree(tmp_path) == before
 
@@ -352,40 +401,47 @@ def test_a_damaged_mnist_file_is_named_with_harm_and_cure_and_left_alone(publish
 def test_labels_outside_zero_to_nine_are_refused(published, tmp_path):
     path = published / TEST_FILES[1]
     path.write_bytes(path.read_bytes()[:-1] + b"\x0b")
-    with pytest.raises(UsageError, match=f"{path.name} has labels outside 0 to 9: .*put an intact copy in its place"):
+    words = f"{path.name} has labels outside 0 to 9: .*put an intact copy in its place"
+    with pytest.raises(UsageError, match=words):
         data.mnist(str(tmp_path), "test", check=0)
 
 
 def mat(count: int, **changes) -> bytes:
-    """A file in SVHN's layout, labels 1, 2, ... 10, 1, ...: one green pixel at row 5, column 7 counts the images."""
+    """A file in SVHN's layout, with labels 1, 2, ... 10, 1, ...
+
+    Its images are black but for a green pixel at row 5, column 7, which counts them.
+    """
     pixels = np.zeros((32, 32, 3, count), np.uint8)
     pixels[5, 7, 1] = np.arange(count) % 251
+    labels = np.arange(count, dtype=np.uint8)[:, None] % 10 + 1
     buffer = io.BytesIO()
-    scipy.io.savemat(buffer, {"X": pixels, "y": np.arange(count, dtype=np.uint8)[:, None] % 10 + 1} | changes)
+    scipy.io.savemat(buffer, {"X": pixels, "y": labels, **changes})
     return buffer.getvalue()
 
 
 @pytest.mark.parametrize("count", [12, 20_001])  # in one block, and in two
-def test_svhn_is_read_as_channel_major_rows_of_bytes_with_ten_as_zero(count, tmp_path):
+def test_svhn_is_read_with_ten_as_zero(count, tmp_path):
     (tmp_path / "extra_32x32.mat").write_bytes(mat(count))
     images = data.svhn(str(tmp_path), "extra", check=0)
     assert images.pixels.dtype == torch.uint8 and images.pixels.shape == (count, 3072)
-    assert torch.equal(images.pixels[:, 1 * 1024 + 5 * 32 + 7], (torch.arange(count) % 251).to(torch.uint8))
-    assert images.pixels.count_nonzero() == (torch.arange(count) % 251).count_nonzero()
-    assert images.labels.tolist()[:12] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2] and images.labels.dtype == torch.int64
+    counted = torch.arange(count) % 251
+    assert torch.equal(images.pixels[:, 1 * 1024 + 5 * 32 + 7].long(), counted)
+    assert images.pixels.count_nonzero() == counted.count_nonzero()
+    assert images.labels.tolist()[:12] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2]
+    assert images.labels.dtype == torch.int64
 
 
-def test_an_fsvae_reads_the_split_it_trains_on_and_the_test_split(tmp_path):
+def test_an_fsvae_reads_its_two_splits(tmp_path):
     (tmp_path / "train_32x32.mat").write_bytes(mat(12))
     (tmp_path / "test_32x32.mat").write_bytes(mat(5))
     run = svhn_run(tmp_path, check_data=0)
     assert [len(data.load(run, split)) for split in ("train", "test")] == [12, 5]
-    assert len(data.load(replace(run, split="test"), "train")) == 5
+    assert len(data.load(run.changed(split="test"), "train")) == 5
 
 
-def svhn_run(data_dir, **changes) -> run_fsvae.Run:
-    given = {"data": "svhn", "split": "train", "data_dir": str(data_dir), "device": "cpu"}
-    return run_fsvae.Run(**given | changes)
+def svhn_run(data_dir, **changes) -> options.Run:
+    run = run_fsvae.parse(["--split", "train", "--device", "cpu"])
+    return run.changed(data="svhn", data_dir=str(data_dir), **changes)
 
 
 def half(path: Path):
@@ -412,9 +468,10 @@ def no_bytes(path: Path):
     path.write_bytes(mat(12, X=np.zeros((32, 32, 3, 12))))
 
 
-NO_MAT, NO_DIGITS = r"is truncated or damaged \(\w+\)", "holds no 32 x 32 x 3 byte images with labels 1 to 10"
+NO_MAT = r"is truncated or damaged \(\w+\)"
+NO_DIGITS = "holds no 32 x 32 x 3 byte images with labels 1 to 10"
 SVHN_HARMS = {
-    half: r"(is truncated or damaged \(\w+\)|cannot be read \(could not read bytes\))",  # as scipy has it
+    half: rf"({NO_MAT}|cannot be read \(could not read bytes\))",  # as scipy has it
     no_mat: NO_MAT,
     empty: NO_MAT,
     other_names: NO_MAT,
@@ -427,22 +484,25 @@ SVHN_HARMS = {
 
 
 @pytest.mark.parametrize("harm", SVHN_HARMS)
-def test_a_damaged_svhn_file_is_named_with_harm_and_cure_and_left_alone(harm, tmp_path):
+def test_a_damaged_svhn_file_is_named_with_cure(harm, tmp_path):
     path = tmp_path / "train_32x32.mat"
     path.write_bytes(mat(12))
     harm(path)
     before = tree(tmp_path)
-    with pytest.raises(UsageError, match=rf"{path.name} {SVHN_HARMS[harm]}: .*put an intact copy in its place$"):
+    words = rf"{path.name} {SVHN_HARMS[harm]}: .*put an intact copy in its place$"
+    with pytest.raises(UsageError, match=words):
         data.svhn(str(tmp_path), "train", check=0)
     assert tree(tmp_path) == before
 
 
-def test_one_changed_byte_of_an_svhn_file_is_found_by_its_checksum(tmp_path, monkeypatch):
+def test_one_changed_byte_of_svhn_is_found(tmp_path, monkeypatch):
     from torchvision.datasets import SVHN
 
-    path, content = tmp_path / "train_32x32.mat", mat(12)
+    path = tmp_path / "train_32x32.mat"
+    content = mat(12)
     path.write_bytes(content)
-    with pytest.raises(UsageError, match=r"train_32x32.mat is not the published file .*MD5.*--check_data 0"):
+    words = r"train_32x32.mat is not the published file .*MD5.*--check_data 0"
+    with pytest.raises(UsageError, match=words):
         data.svhn(str(tmp_path), "train", check=1)
     monkeypatch.setitem(SVHN.split_list, "train", ["", path.name, hashlib.md5(content).hexdigest()])
     before = data.svhn(str(tmp_path), "train", check=1)
@@ -454,20 +514,23 @@ def test_one_changed_byte_of_an_svhn_file_is_found_by_its_checksum(tmp_path, mon
 
 @pytest.fixture
 def choose(tmp_path, monkeypatch):
-    """Which data set a VAE's run has, with these checkpoints stored: choose("auto", train=0, stored=["mnist"]).
+    """Which data set a VAE's run has: choose("auto", train=0, stored=["mnist"], test="all").
 
-    Returns it, and whether a download was tried; arrive: whether that brings the files; test: what --test says.
+    stored: the data sets of which it has checkpoints; present: whether MNIST's files are there;
+    arrive: whether a download brings them. Returns it, and whether a download was tried.
     """
     tried = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", "run_vae.py --z 3 --train 0 --run 4 --train=0".split())
 
-    def run(asked: str, train: int, stored=(), present=False, arrive=False, test="all") -> tuple[str, bool]:
-        given = {"z": 3, "data_dir": str(tmp_path / "data"), "iter_max": 300, "run": 4}
-        real = run_vae.Run(data="mnist", train=train, test=test, **given)
-        runs = {"mnist": real, "digits": replace(real, data="digits")}
+    def run(
+        asked: str, train: int, stored=(), present=False, arrive=False, test="all"
+    ) -> tuple[str, bool]:
+        asking = run_vae.parse(["--z", "3", "--iter_max", "300", "--run", "4", "--data", asked])
+        asking = asking.changed(train=train, test=test, data_dir=str(tmp_path / "data"))
+        asking = asking.changed(words="run_vae.py --z 3 --train 0 --run 4 --train=0".split())
+        real = asking.changed(data="mnist")
         for name in stored:
-            path = model_path(runs[name].name, 300)
+            path = model_path(asking.changed(data=name).name, 300)
             path.parent.mkdir(parents=True)
             path.touch()
 
@@ -485,7 +548,7 @@ def choose(tmp_path, monkeypatch):
         monkeypatch.setattr(download, "fetch", fetch)
         if present:
             put_files_in_place()
-        return download.resolve_data(asked, *runs.values()), bool(tried)
+        return download.settle_data(asking), bool(tried)
 
     run.tried = tried
     return run
@@ -511,13 +574,13 @@ def choose(tmp_path, monkeypatch):
         ("digits", 0, ["digits"], False, True, ("digits", False)),
     ],
 )
-def test_a_run_has_the_data_set_that_was_asked_for_or_the_digits_under_auto(
+def test_a_run_has_its_data_set_or_digits(
     choose, capsys, asked, train, stored, present, arrive, wanted
 ):
     assert choose(asked, train, stored, present, arrive) == wanted
     banner = capsys.readouterr().out
     if asked == "auto" and wanted[0] == "digits":
-        assert "DRAWN DIGITS instead. Figures are not MNIST's." in banner
+        assert "DRAWN DIGITS instead.\nMetrics are not MNIST's." in banner
         assert ("NO MNIST (no route to host)" in banner) == wanted[1]
     else:
         assert banner == ""
@@ -536,9 +599,7 @@ def test_a_run_has_the_data_set_that_was_asked_for_or_the_digits_under_auto(
     ],
 )
 @pytest.mark.parametrize("test", ["subset", "2018", "torch-0.4"])
-def test_to_evaluate_on_the_courses_images_nothing_is_downloaded_and_no_file_is_needed(
-    choose, capsys, asked, stored, present, wanted, test
-):
+def test_the_packaged_images_need_no_download(choose, capsys, asked, stored, present, wanted, test):
     assert choose(asked, 0, stored, present, arrive=True, test=test) == (wanted, False)
     assert ("DRAWN DIGITS" in capsys.readouterr().out) == (asked == "auto" and wanted == "digits")
 
@@ -559,7 +620,9 @@ def test_to_train_takes_the_files_whatever_is_evaluated(choose, arrive, wanted):
         ("digits", ["mnist"], True, "digits"),
     ],
 )
-def test_a_missing_checkpoint_is_named_before_anything_is_downloaded(choose, asked, stored, present, missing, test):
+def test_a_missing_checkpoint_is_named_before_downloads(
+    choose, asked, stored, present, missing, test
+):
     model_path("model=vae_z=03_run=0004", 200).parent.mkdir(parents=True)
     model_path("model=vae_z=03_run=0004", 200).touch()
     state_path("model=vae_z=03_run=0004").touch()
@@ -569,17 +632,20 @@ def test_a_missing_checkpoint_is_named_before_anything_is_downloaded(choose, ask
     with pytest.raises(Missing) as caught:
         choose(asked, 0, stored, present, arrive=True, test=test)
     assert not choose.tried
-    name = {"mnist": "model=vae_z=03_run=0004", "digits": "model=vae_z=03_data=digits_run=0004"}[missing]
-    steps = {"mnist": "200", "digits": "none"}[missing]
-    wanted = f"there is no checkpoints/{name}/model-00300.pt; checkpoints of this run: {steps}; to train one: "
-    assert str(caught.value) == wanted + "run_vae.py --z 3 --run 4"
+    name = "model=vae_z=03_run=0004"
+    steps = "200"
+    if missing == "digits":
+        name = "model=vae_z=03_data=digits_run=0004"
+        steps = "none"
+    there = f"there is no checkpoints/{name}/model-00300.pt; checkpoints of this run: {steps}"
+    assert str(caught.value) == f"{there}; to train one: python run_vae.py --z 3 --run 4"
 
 
 RAW = Path("MNIST", "raw")
 MNIST_NAMES = tuple(data.COURSE["mnist_sha256"])
 
 
-def near(tmp_path, monkeypatch, there: list[str], data_dir: str = ".", model=run_vae, **flags):
+def near(tmp_path, monkeypatch, there: list[str], data_dir: str = ".", model=run_vae):
     """A run in this folder, from which these files cannot be downloaded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(download, "fetch", lambda run: "no route to host")
@@ -587,16 +653,16 @@ def near(tmp_path, monkeypatch, there: list[str], data_dir: str = ".", model=run
         path = Path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"the user's own")
-    return model.Run(data=model.Run.real_data, data_dir=data_dir, device="cpu", **flags)
+    run = model.parse([])
+    return run.changed(data=run.real_data, data_dir=data_dir, device="cpu")
 
 
 def banner(run, capsys) -> str:
-    """What is said where the digits take the place of the real data, and that the error line says it too."""
-    drawn = replace(run, data="digits")
-    assert download.resolve_data("auto", run, drawn) == "digits"
+    """What is said where the digits take the place of the real data; the error line says it too."""
+    assert download.settle_data(run.changed(data="auto")) == "digits"
     printed = capsys.readouterr().out
     with pytest.raises(UsageError) as caught:
-        download.resolve_data(run.data, run, drawn)
+        download.settle_data(run)
     for line in printed.splitlines():
         if line.startswith("But "):
             assert line.removeprefix("But ").removesuffix(".") in str(caught.value)
@@ -624,28 +690,28 @@ NEAR = {  # the files that are there, --data_dir, what the banner says of them a
     "flat in the folder": (
         [f"d/{name}" for name in MNIST_NAMES],
         "d",
-        "d/{0} (and 3 more): mkdir -p d/MNIST/raw && mv d/{0} d/MNIST/raw/{0}, and the others likewise",
+        "d/{0} (and 3 more): move it to d/MNIST/raw/{0}, and the others likewise",
     ),
     "names with a dot": (
         [f"d/MNIST/raw/{name}" for name in DOTTED],
         "d",
-        "d/MNIST/raw/{1} (and 3 more): mv d/MNIST/raw/{1} d/MNIST/raw/{0}, and the others likewise",
+        "d/MNIST/raw/{1} (and 3 more): move it to d/MNIST/raw/{0}, and the others likewise",
     ),
     "packed": (
         [f"d/MNIST/raw/{name}.gz" for name in MNIST_NAMES],
         "d",
-        "d/MNIST/raw/{0}.gz (and 3 more): gunzip -c d/MNIST/raw/{0}.gz > d/MNIST/raw/{0}, and the others likewise",
+        "d/MNIST/raw/{0}.gz (and 3 more): unpack it to d/MNIST/raw/{0}, and the others likewise",
     ),
     "one that is packed, with a dot, flat": (
         [*(f"d/MNIST/raw/{name}" for name in MNIST_NAMES[1:]), f"d/{DOTTED[0]}.gz"],
         "d",
-        "d/{1}.gz: gunzip -c d/{1}.gz > d/MNIST/raw/{0}",
+        "d/{1}.gz: unpack it to d/MNIST/raw/{0}",
     ),
 }
 
 
 @pytest.mark.parametrize("case", NEAR)
-def test_files_that_are_nearly_there_are_named_with_cure(case, tmp_path, monkeypatch, capsys):
+def test_files_nearly_there_are_named_with_cure(case, tmp_path, monkeypatch, capsys):
     there, data_dir, words = NEAR[case]
     run = near(tmp_path, monkeypatch, there, data_dir)
     before = tree(tmp_path)
@@ -654,48 +720,53 @@ def test_files_that_are_nearly_there_are_named_with_cure(case, tmp_path, monkeyp
     assert "DRAWN DIGITS" in said and tree(tmp_path) == before
 
 
-def test_the_cure_of_packed_files_works_as_printed(tmp_path, monkeypatch):
-    name = MNIST_NAMES[0]
-    run = near(tmp_path, monkeypatch, [], "my data")
-    Path("my data").mkdir()
-    Path("my data", f"{name}.gz").write_bytes(gzip.compress(b"images"))
-    subprocess.run(download.near_miss(run).split(": ")[1], shell=True, check=True)
-    assert Path("my data", RAW, name).read_bytes() == b"images"
+def test_the_named_data_dir_works_as_printed(tmp_path, monkeypatch):
+    there = [f"my data/MNIST/raw/{name}" for name in MNIST_NAMES]
+    run = near(tmp_path, monkeypatch, there, "my data/MNIST")
+    given = shlex.split(download.near_miss(run).split(": give ")[1])
+    assert given[0] == "--data_dir"
+    assert download.is_usable(run.changed(data_dir=given[1]))
 
 
-def test_another_split_of_svhn_that_is_there_is_named(tmp_path, monkeypatch, capsys):
+def test_another_svhn_split_that_is_there_is_named(tmp_path, monkeypatch, capsys):
     run = near(tmp_path, monkeypatch, ["d/train_32x32.mat", "d/test_32x32.mat"], "d", run_fsvae)
-    assert "But there is d/train_32x32.mat: give --split train to train on it.\n" in banner(run, capsys)
+    said = banner(run, capsys)
+    assert "But there is d/train_32x32.mat: give --split train to train on it.\n" in said
 
 
 def test_svhn_in_a_folder_below_is_named(tmp_path, monkeypatch, capsys):
     run = near(tmp_path, monkeypatch, ["d/SVHN/extra_32x32.mat"], "d", run_fsvae)
-    assert "But there is d/SVHN/extra_32x32.mat: mv d/SVHN/extra_32x32.mat d/extra_32x32.mat.\n" in banner(run, capsys)
+    said = banner(run, capsys)
+    assert "But there is d/SVHN/extra_32x32.mat: move it to d/extra_32x32.mat.\n" in said
 
 
-@pytest.mark.parametrize("asked, train, stored", [("mnist", 1, []), ("mnist", 0, ["mnist"]), ("auto", 0, ["mnist"])])
-def test_files_that_cannot_be_had_are_listed_where_nothing_can_take_their_place(choose, tmp_path, asked, train, stored):
+@pytest.mark.parametrize(
+    "asked, train, stored", [("mnist", 1, []), ("mnist", 0, ["mnist"]), ("auto", 0, ["mnist"])]
+)
+def test_files_that_cannot_be_had_are_listed(choose, tmp_path, asked, train, stored):
     with pytest.raises(UsageError) as caught:
         choose(asked, train, stored)
     message = str(caught.value)
-    assert message.startswith("MNIST cannot be downloaded (no route to host); put these files in place by hand: ")
-    assert message.endswith("; or use --data digits") == bool(train)  # which --train 0 has no checkpoint of
-    for name in data.COURSE["mnist_sha256"]:  # to evaluate, no training image is needed
-        assert (str(tmp_path / "data" / "MNIST" / "raw" / name) in message) == (train or name.startswith("t10k"))
+    reason = "MNIST cannot be downloaded (no route to host)"
+    assert message.startswith(f"{reason}; put these files in place by hand: ")
+    # --train 0 has no checkpoint of the digits, and needs no training image.
+    assert message.endswith("; or use --data digits") == bool(train)
+    for name in MNIST_NAMES:
+        is_listed = str(tmp_path / "data" / RAW / name) in message
+        assert is_listed == (train or name.startswith("t10k"))
 
 
-def test_a_checkpoint_that_nothing_goes_on_from_is_not_said_to_be_trainable(choose):
+def test_a_checkpoint_without_state_is_not_called_trainable(choose):
     model_path("model=vae_z=03_run=0004", 200).parent.mkdir(parents=True)
     model_path("model=vae_z=03_run=0004", 200).touch()
     with pytest.raises(Missing) as caught:
         choose("mnist", 0)
-    assert str(caught.value).endswith(
-        "run: 200; it has no state to go on from: give one of them, or train another --run"
-    )
+    advice = "it has no state to resume from: give one of these, or train another --run"
+    assert str(caught.value).endswith(f"run: 200; {advice}")
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_download_that_fails_leaves_no_new_folder_and_takes_none_away(there, tmp_path, monkeypatch):
+def test_a_failed_download_leaves_folders_as_they_were(there, tmp_path, monkeypatch):
     def fails(*_, **__):
         raise OSError("no route to host")
 
@@ -727,7 +798,7 @@ def half_then_nothing(content: bytes, over: threading.Event) -> Iterator[bytes]:
 
 
 class Server(ThreadingHTTPServer):
-    """Files on this machine: files[name] is sent by how(content, over), or nothing at all where how is None."""
+    """A server on this machine: how(content, over) sends files[name], None sends nothing at all."""
 
     daemon_threads = True
 
@@ -775,25 +846,27 @@ def server(monkeypatch):
 
 @pytest.fixture
 def svhn_server(server, monkeypatch):
-    """SVHN's three splits on a server of this machine, 12, 5 and 7 images and the rest of 500 kB each."""
+    """SVHN's three splits on a server of this machine: 12, 5 and 7 images, and 500 kB more each."""
     from torchvision.datasets import SVHN
 
     for split, count in (("train", 12), ("test", 5), ("extra", 7)):
-        name, content = f"{split}_32x32.mat", mat(count, rest=np.zeros(500_000, np.uint8))
+        name = f"{split}_32x32.mat"
+        content = mat(count, rest=np.zeros(500_000, np.uint8))
         server.files[name] = content
-        monkeypatch.setitem(SVHN.split_list, split, [server.url + name, name, hashlib.md5(content).hexdigest()])
+        published = [server.url + name, name, hashlib.md5(content).hexdigest()]
+        monkeypatch.setitem(SVHN.split_list, split, published)
     return server
 
 
 @pytest.fixture
 def mnist_server(server, monkeypatch):
-    """MNIST's four files on a server of this machine, of five images each; server.raw: their content."""
+    """MNIST's four files, of five images, on a server of this machine; server.raw: unpacked."""
     from torchvision.datasets import MNIST
 
-    images, labels = np.random.RandomState(0).bytes(5 * 784), bytes(range(5))
-    images = np.array([2051, 5, 28, 28], ">i4").tobytes() + images
-    labels = np.array([2049, 5], ">i4").tobytes() + labels
-    server.raw = {name: images if "images" in name else labels for name in data.COURSE["mnist_sha256"]}
+    pixels = np.random.RandomState(0).randint(0, 256, 5 * 784).astype(np.uint8)
+    images = idx_file([2051, 5, 28, 28], pixels)
+    labels = idx_file([2049, 5], np.arange(5, dtype=np.uint8))
+    server.raw = {name: images if "images" in name else labels for name in MNIST_NAMES}
     server.files = {f"{name}.gz": gzip.compress(content) for name, content in server.raw.items()}
     digests = [(name, hashlib.md5(content).hexdigest()) for name, content in server.files.items()]
     monkeypatch.setattr(MNIST, "resources", digests)
@@ -813,22 +886,24 @@ def mnist_server(server, monkeypatch):
         ("train", 0, ["test"], []),
     ],
 )
-def test_an_fsvae_fetches_its_training_split_and_the_test_split(split, train, present, wanted, tmp_path, svhn_server):
+def test_an_fsvae_fetches_its_two_splits(split, train, present, wanted, tmp_path, svhn_server):
     run = svhn_run(tmp_path, split=split, train=train)
     for name in present:
         (tmp_path / f"{name}_32x32.mat").write_bytes(b"the user's own")
     assert download.fetch(run) is None
     assert set(svhn_server.asked) == {f"{name}_32x32.mat" for name in wanted}
     files = {f"{name}_32x32.mat": b"the user's own" for name in present}
-    assert tree(tmp_path) == files | {f"{name}_32x32.mat": svhn_server.files[f"{name}_32x32.mat"] for name in wanted}
+    for name in svhn_server.asked:
+        files[name] = svhn_server.files[name]
+    assert tree(tmp_path) == files
 
 
-def test_an_fsvae_does_without_the_test_split_where_it_cannot_be_had(tmp_path, svhn_server):
+def test_an_fsvae_does_without_a_test_split(tmp_path, svhn_server):
     run = svhn_run(tmp_path)
     del svhn_server.files["test_32x32.mat"]
     assert "404" in download.fetch(run)
     assert list(tree(tmp_path)) == ["train_32x32.mat"]
-    assert download.resolve_data("auto", run, replace(run, data="digits")) == "svhn"
+    assert download.settle_data(run.changed(data="auto")) == "svhn"
 
 
 @pytest.mark.parametrize(
@@ -839,42 +914,51 @@ def test_an_fsvae_does_without_the_test_split_where_it_cannot_be_had(tmp_path, s
         ("test", ["test"], True),
     ],
 )
-def test_an_fsvae_says_where_it_was_evaluated_on_its_training_images(
+def test_an_fsvae_says_where_training_images_were_evaluated(
     split, served, remark, svhn_server, script, tmp_path
 ):
-    svhn_server.files = {name: svhn_server.files[name] for name in (f"{split}_32x32.mat" for split in served)}
-    place, folder = tmp_path / "data", tmp_path / "run"
-    place.mkdir(), folder.mkdir()
+    for name in ["train", "test", "extra"]:
+        if name not in served:
+            del svhn_server.files[f"{name}_32x32.mat"]
+    place = tmp_path / "data"
+    folder = tmp_path / "run"
+    place.mkdir()
+    folder.mkdir()
     flags = ["--data", "svhn", "--split", split, "--data_dir", place, "--iter_max", 1]
     for training in (1, 0):
         result = script("fsvae", *flags, "--train", training, cwd=folder)
         assert result.returncode == 0, result.stderr
-        (line,) = (line for line in result.stdout.splitlines() if line.startswith("NELBO: "))
+        (line,) = [line for line in result.stdout.splitlines() if line.startswith("NELBO: ")]
         assert ("training images" in line) == remark
 
 
-def mnist_run(data_dir) -> run_vae.Run:
-    return run_vae.Run(data="mnist", data_dir=str(data_dir), device="cpu")
+def assert_is_mnist(folder: Path, server: Server) -> None:
+    """In this folder are the server's four files, and nothing else."""
+    assert tree(folder) == {f"MNIST/raw/{name}": server.raw[name] for name in MNIST_NAMES}
+    assert {path.name for path in folder.iterdir()} == {"MNIST"}
 
 
 def test_mnist_arrives_whole(mnist_server, tmp_path, capsys):
     run = mnist_run(tmp_path / "data")  # which is made
-    assert download.resolve_data("auto", run, replace(run, data="digits")) == "mnist"
-    assert tree(tmp_path / "data") == {f"MNIST/raw/{name}": content for name, content in mnist_server.raw.items()}
-    assert {path.name for path in (tmp_path / "data").iterdir()} == {"MNIST"}
+    assert download.settle_data(run.changed(data="auto")) == "mnist"
+    assert_is_mnist(tmp_path / "data", mnist_server)
     assert "NO MNIST" not in capsys.readouterr().out
     asked = len(mnist_server.asked)
-    assert download.fetch(run) is None and len(mnist_server.asked) == asked  # what is there is not fetched again
+    assert download.fetch(run) is None
+    assert len(mnist_server.asked) == asked  # what is there is not fetched again
 
 
 def test_to_evaluate_fetches_no_file_twice(mnist_server, tmp_path):
-    run = replace(mnist_run(tmp_path), train=0, test="all")
-    assert len(download.files(run)) == 2 and download.fetch(run) is None
+    run = mnist_run(tmp_path, train=0, test="all")
+    assert len(download.files(run)) == 2
+    assert download.fetch(run) is None
     asked = len(mnist_server.asked)
-    assert len(tree(tmp_path)) == 4 and download.fetch(mnist_run(tmp_path)) is None and len(mnist_server.asked) == asked
+    assert len(tree(tmp_path)) == 4
+    assert download.fetch(mnist_run(tmp_path)) is None
+    assert len(mnist_server.asked) == asked
 
 
-def test_a_file_that_is_there_is_left_alone_by_a_download(mnist_server, tmp_path):
+def test_a_download_leaves_present_files_alone(mnist_server, tmp_path):
     run = mnist_run(tmp_path)
     there, *missing = download.files(run)
     there.parent.mkdir(parents=True)
@@ -884,7 +968,7 @@ def test_a_file_that_is_there_is_left_alone_by_a_download(mnist_server, tmp_path
     assert all(path.read_bytes() == mnist_server.raw[path.name] for path in missing)
 
 
-def test_a_mirror_that_does_not_answer_is_passed_over(mnist_server, tmp_path, monkeypatch):
+def test_a_silent_mirror_is_passed_over(mnist_server, tmp_path, monkeypatch):
     from torchvision.datasets import MNIST
 
     with socket.create_server(("127.0.0.1", 0)) as closed:
@@ -896,18 +980,21 @@ def test_a_mirror_that_does_not_answer_is_passed_over(mnist_server, tmp_path, mo
 
 def test_svhn_arrives_whole_and_is_read(svhn_server, tmp_path):
     run = svhn_run(tmp_path)
-    assert download.resolve_data("svhn", run, replace(run, data="digits")) == "svhn"
-    assert [len(data.load(run, split)) for split in ("train", "test")] == [12, 5]  # with their checksums
+    assert download.settle_data(run) == "svhn"
+    assert len(data.load(run, "train")) == 12  # with its checksum
+    assert len(data.load(run, "test")) == 5
     assert {path.name for path in tmp_path.iterdir()} == {"train_32x32.mat", "test_32x32.mat"}
 
 
-def test_a_slow_but_living_download_goes_on_with_a_visible_progress_bar(svhn_server, tmp_path, monkeypatch, capfd):
+def test_a_slow_download_continues_and_shows_progress(svhn_server, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(download, "SILENCE", 2)
     svhn_server.how = slowly
     del svhn_server.files["test_32x32.mat"]
+    run = svhn_run(tmp_path)
     began = time.monotonic()
-    download.fetch(run := svhn_run(tmp_path))
-    assert time.monotonic() - began > download.SILENCE  # so that patience for the whole would not do
+    download.fetch(run)
+    # Patience for the whole would not do.
+    assert time.monotonic() - began > download.SILENCE
     assert download.files(run)[0].read_bytes() == svhn_server.files["train_32x32.mat"]
     shown = capfd.readouterr().err
     assert "100%" in shown and "B/s]" in shown
@@ -916,7 +1003,7 @@ def test_a_slow_but_living_download_goes_on_with_a_visible_progress_bar(svhn_ser
 
 @pytest.mark.parametrize("how", [None, half_then_silence])
 @pytest.mark.parametrize("which", ["mnist", "svhn"])
-def test_a_dead_download_is_given_up_and_leaves_nothing_behind(which, how, request, tmp_path, monkeypatch):
+def test_a_dead_download_is_given_up_without_trace(which, how, request, tmp_path, monkeypatch):
     server = request.getfixturevalue(f"{which}_server")
     monkeypatch.setattr(download, "SILENCE", 1)
     server.how = how  # it hangs up after 60 seconds, which would be another reason
@@ -926,13 +1013,13 @@ def test_a_dead_download_is_given_up_and_leaves_nothing_behind(which, how, reque
     assert socket.getdefaulttimeout() is None
 
 
-def test_patience_with_a_silent_server_is_a_matter_of_seconds():
+def test_patience_with_a_silent_server_is_seconds():
     assert 5 <= download.SILENCE <= 20
 
 
 @pytest.mark.parametrize("which", ["mnist", "svhn"])
 @pytest.mark.parametrize("harm", ["another file", "cut off", "not there", "nobody listens"])
-def test_a_failed_download_leaves_nothing_behind_and_the_digits_take_its_place(which, harm, request, tmp_path, capsys):
+def test_a_failed_download_leaves_nothing_but_digits(which, harm, request, tmp_path, capsys):
     server = request.getfixturevalue(f"{which}_server")
     if harm == "another file":
         server.files = {name: content[:-1] + b"x" for name, content in server.files.items()}
@@ -948,14 +1035,15 @@ def test_a_failed_download_leaves_nothing_behind_and_the_digits_take_its_place(w
     words = {"not there": "404", "nobody listens": "refused"}.get(harm, "corrupted")
     assert words in reason and "\n" not in reason
     assert list(tmp_path.iterdir()) == []
-    assert download.resolve_data("auto", run, replace(run, data="digits")) == "digits"
+    assert download.settle_data(run.changed(data="auto")) == "digits"
     assert f"NO {which.upper()} ({reason})" in capsys.readouterr().out
     with pytest.raises(UsageError, match=f"{which.upper()} cannot be downloaded"):
-        download.resolve_data(which, run, replace(run, data="digits"))
+        download.settle_data(run)
 
 
-def test_a_signal_ends_a_download_and_leaves_nothing_behind(svhn_server, script, tmp_path):
-    once = iter([signal.SIGTERM])  # a second one, by the other request, would find nobody who catches it
+def test_a_signal_ends_a_download_without_trace(svhn_server, script, tmp_path):
+    # A second one, by the other request, would find nobody who catches it.
+    once = iter([signal.SIGTERM])
 
     def interrupting(content, over):
         half = len(content) // 2
@@ -970,25 +1058,33 @@ def test_a_signal_ends_a_download_and_leaves_nothing_behind(svhn_server, script,
         over.wait(60)
 
     svhn_server.how = interrupting
-    place, folder = tmp_path / "data", tmp_path / "run"
-    place.mkdir(), folder.mkdir()
+    place = tmp_path / "data"
+    folder = tmp_path / "run"
+    place.mkdir()
+    folder.mkdir()
     result = script("fsvae", "--data", "svhn", "--split", "train", "--data_dir", place, cwd=folder)
     assert result.returncode == 143 and svhn_server.asked == ["train_32x32.mat"] * 2
     assert list(place.iterdir()) == []
 
 
-def test_what_a_killed_download_left_is_removed_a_day_later(svhn_server, tmp_path):
+def test_left_over_downloads_are_removed_a_day_later(svhn_server, tmp_path):
     for name, age in ((".download-old", 100_000), (".download-new", 100)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train_32x32.mat").write_bytes(b"half")
         os.utime(tmp_path / name, 2 * (time.time() - age,))
     assert download.fetch(svhn_run(tmp_path)) is None
-    assert {path.name for path in tmp_path.iterdir()} == {"train_32x32.mat", "test_32x32.mat", ".download-new"}
+    there = sorted(path.name for path in tmp_path.iterdir())
+    assert there == [".download-new", "test_32x32.mat", "train_32x32.mat"]
 
 
-def test_first_starts_at_the_same_time_do_not_disturb_each_other(mnist_server, tmp_path):
-    run, answers = mnist_run(tmp_path / "data"), []
-    starts = [threading.Thread(target=lambda: answers.append(download.fetch(run))) for _ in range(4)]
+def test_simultaneous_downloads_do_not_disturb_each_other(mnist_server, tmp_path):
+    run = mnist_run(tmp_path / "data")
+    answers = []
+
+    def fetch():
+        answers.append(download.fetch(run))
+
+    starts = [threading.Thread(target=fetch) for _ in range(4)]
     try:
         for start in starts:
             start.start()
@@ -997,8 +1093,7 @@ def test_first_starts_at_the_same_time_do_not_disturb_each_other(mnist_server, t
     finally:
         socket.setdefaulttimeout(None)  # which processes, unlike threads, do not share
     assert answers == [None] * 4
-    assert tree(tmp_path / "data") == {f"MNIST/raw/{name}": content for name, content in mnist_server.raw.items()}
-    assert {path.name for path in (tmp_path / "data").iterdir()} == {"MNIST"}
+    assert_is_mnist(tmp_path / "data", mnist_server)
 
 
 @pytest.fixture(params=["by the system", "by its rights"])
@@ -1017,20 +1112,20 @@ def unwritable(request, tmp_path, monkeypatch) -> Path:
         def refuse(path, *_, **__):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-        for module, name in ((os, "mkdir"), (data, "write")):
-            monkeypatch.setattr(module, name, refuse)
+        monkeypatch.setattr(os, "mkdir", refuse)
+        monkeypatch.setattr(data, "write", refuse)
     return folder
 
 
-def test_a_folder_that_cannot_be_written_to_gives_the_drawn_digits(mnist_server, unwritable, capsys, digits_dir):
+def test_an_unwritable_folder_gives_the_drawn_digits(mnist_server, unwritable, capsys, digits_dir):
     run = mnist_run(unwritable)
-    drawn = replace(run, data="digits")
-    assert download.resolve_data("auto", run, drawn) == "digits"
+    assert download.settle_data(run.changed(data="auto")) == "digits"
     assert "DRAWN DIGITS instead" in capsys.readouterr().out
-    images = data.load(drawn, "test")
-    assert torch.equal(images.pixels, data.drawn_digits(str(digits_dir), "test", colour=False).pixels)
+    images = data.load(run.changed(data="digits"), "test")
+    stored = data.drawn_digits(str(digits_dir), "test", colour=False)
+    assert torch.equal(images.pixels, stored.pixels)
     with pytest.raises(UsageError, match=r"MNIST cannot be downloaded.*by hand"):
-        download.resolve_data("mnist", run, drawn)
+        download.settle_data(run)
 
 
 def test_a_folder_that_cannot_be_made_is_named(mnist_server, tmp_path):
@@ -1048,8 +1143,9 @@ def test_drawn_digits_have_mnists_own_numbers_per_class(digits_dir):
 
 
 @pytest.mark.parametrize("in_colour", [False, True])
-def test_drawn_digits_are_the_same_whenever_they_are_drawn(in_colour):
-    counts, threads = [110] * 10, torch.get_num_threads()
+def test_drawn_digits_are_the_same_each_time(in_colour):
+    counts = [110] * 10
+    threads = torch.get_num_threads()
     torch.manual_seed(1)
     wanted = torch.rand(3)
     torch.manual_seed(1)
@@ -1060,13 +1156,15 @@ def test_drawn_digits_are_the_same_whenever_they_are_drawn(in_colour):
         again = digits.draw(counts, 5, in_colour)
     finally:
         torch.set_num_threads(threads)
-    assert all(np.array_equal(*pair) for pair in zip(first, again, strict=True))
     other = digits.draw(counts, 6, in_colour)
-    assert not np.array_equal(first[0], other[0]) and not np.array_equal(first[1], other[1])
-    assert first[0].shape == (1100, 3072 if in_colour else 784) and first[0].dtype == np.uint8
+    for part in [0, 1]:  # images, labels
+        assert np.array_equal(first[part], again[part])
+        assert not np.array_equal(first[part], other[part])
+    assert first[0].shape == (1100, 3072 if in_colour else 784)
+    assert first[0].dtype == np.uint8
 
 
-def test_drawn_digits_differ_from_image_to_image_and_are_grey_like_mnist(digits_dir):
+def test_drawn_digits_differ_and_are_mostly_black(digits_dir):
     images = data.drawn_digits(str(digits_dir), "test", colour=False)
     assert len(images.pixels.unique(dim=0)) == len(images)
     assert 0.10 < images.pixels.float().mean() / 255 < 0.17  # MNIST: 0.13
@@ -1075,20 +1173,24 @@ def test_drawn_digits_differ_from_image_to_image_and_are_grey_like_mnist(digits_
     assert (border > 0).float().mean() < 0.02
 
 
-def test_the_splits_of_the_drawn_digits_share_no_image(digits_dir):
-    both = [data.drawn_digits(str(digits_dir), split, colour=False).pixels for split in ("train", "test")]
-    rows = [{row.tobytes() for row in pixels.numpy()} for pixels in both]
-    assert rows[0].isdisjoint(rows[1])
+def test_splits_of_drawn_digits_share_no_image(digits_dir):
+    train_split = data.drawn_digits(str(digits_dir), "train", colour=False)
+    test_split = data.drawn_digits(str(digits_dir), "test", colour=False)
+    trained_on = {row.tobytes() for row in train_split.pixels.numpy()}
+    assert trained_on.isdisjoint(row.tobytes() for row in test_split.pixels.numpy())
 
 
 def test_drawn_digits_can_be_told_apart(digits_dir):
-    train_split, test_split = (data.drawn_digits(str(digits_dir), split, colour=False) for split in ("train", "test"))
-    means = torch.stack([train_split.pixels[train_split.labels == d].float().mean(0) for d in range(10)])
-    nearest = torch.cdist(test_split.pixels.float(), means).argmin(1)
+    train_split = data.drawn_digits(str(digits_dir), "train", colour=False)
+    test_split = data.drawn_digits(str(digits_dir), "test", colour=False)
+    means = []
+    for digit in range(10):
+        means.append(train_split.pixels[train_split.labels == digit].float().mean(0))
+    nearest = torch.cdist(test_split.pixels.float(), torch.stack(means)).argmin(1)
     assert (nearest == test_split.labels).float().mean() > 0.5
 
 
-def test_a_damaged_store_of_drawn_digits_is_drawn_again(tmp_path, digits_dir):
+def test_damaged_stored_digits_are_drawn_again(tmp_path, digits_dir):
     wanted = data.drawn_digits(str(digits_dir), "test", colour=False)
     name = f"drawn-grey-test-v{digits.VERSION}.npz"
     (tmp_path / name).write_bytes((digits_dir / name).read_bytes()[:1000])

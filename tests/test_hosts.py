@@ -1,4 +1,4 @@
-"""Other machines: terminals that close, file systems without locks, Windows, notebooks, clusters, several GPUs."""
+"""Other machines: terminals that close, file systems without locks, Windows, clusters, GPUs."""
 
 import errno
 import json
@@ -16,10 +16,11 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, ROOT, checkpoint_steps, command, start, tree, wait_for
+from conftest import NAMES, ROOT, checkpoint_steps, command, needs_cuda, start, tree, wait_for
 
+from codebase import evaluate, train
 from codebase.models.vae import VAE
-from codebase.runtime import device, files
+from codebase.runtime import files
 
 fcntl = pytest.importorskip("fcntl", reason="no POSIX locks on this machine")
 
@@ -37,6 +38,7 @@ def one_line(result, code: int) -> str:
     return line
 
 
+# ---------------------------------------------------------------------------------------------
 # Signals, terminals and streams
 
 
@@ -105,11 +107,13 @@ def test_main_works_in_a_thread(tmp_path, monkeypatch, digits_dir):
     import run_vae
 
     monkeypatch.chdir(tmp_path)
-    codes, words = [], ["--data", "digits", "--data_dir", str(digits_dir), "--iter_max", "3"]
+    codes = []
+    words = ["--data", "digits", "--data_dir", str(digits_dir), "--iter_max", "3"]
     thread = threading.Thread(target=lambda: codes.append(run_vae.main(words)))
     thread.start()
     thread.join()
-    assert codes == [0] and checkpoint_steps(tmp_path, "vae") == [3]
+    assert codes == [0]
+    assert checkpoint_steps(tmp_path, "vae") == [3]
 
 
 CLOSED = {
@@ -128,20 +132,26 @@ def test_a_run_needs_no_streams(streams, flags, code, tmp_path, digits_dir):
         f"{CLOSED[streams]}\n"
         "sys.exit(run_vae.main(sys.argv[1:]))\n"
     )
-    words = [sys.executable, "program.py", "--data", "digits", "--data_dir", str(digits_dir), *flags]
+    words = [sys.executable, "program.py", "--data", "digits", "--data_dir", str(digits_dir)]
+    words += flags
     result = subprocess.run(words, cwd=tmp_path, stderr=subprocess.DEVNULL, timeout=120)
     assert result.returncode == code
     assert checkpoint_steps(tmp_path, "vae") == ([2] if code == 0 else [])
 
 
 def test_no_file_is_opened_in_a_streams_place(tmp_path, digits_dir):
-    words = shlex.join(command("vae", "--data", "digits", "--data_dir", digits_dir, "--iter_max", 2))
-    result = subprocess.run(["sh", "-c", f"{words} 1>&- 2>&-"], cwd=tmp_path, timeout=120)
-    assert result.returncode == 0 and checkpoint_steps(tmp_path, "vae") == [2]
+    words = command("vae", "--data", "digits", "--data_dir", digits_dir, "--iter_max", 2)
+    line = f"{shlex.join(words)} 1>&- 2>&-"
+    result = subprocess.run(["sh", "-c", line], cwd=tmp_path, timeout=120)
+    assert result.returncode == 0
+    assert checkpoint_steps(tmp_path, "vae") == [2]
 
 
-@pytest.mark.parametrize("module", ["argparse", "dataclasses", "codebase.runtime.options", "codebase.runtime.launch"])
-def test_an_interrupt_while_the_script_loads_is_one_line(module, tmp_path):
+MODULES = ["argparse", "dataclasses", "codebase.runtime.options", "codebase.runtime.launch"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_an_interrupt_while_a_script_loads(module, tmp_path):
     (tmp_path / "interrupted.py").write_text(
         "import runpy, signal, sys\n"
         f"sys.modules.pop({module!r}, None)\n"
@@ -161,7 +171,7 @@ def test_an_interrupt_while_the_script_loads_is_one_line(module, tmp_path):
 
 @pytest.mark.parametrize("seconds", [0.04, 0.07, 0.1, 0.2, 0.5])
 @pytest.mark.long
-def test_an_interrupt_of_the_first_second_shows_no_traceback(seconds, tmp_path):
+def test_an_interrupt_of_the_first_second(seconds, tmp_path):
     process = subprocess.Popen(command("vae"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
@@ -170,20 +180,24 @@ def test_an_interrupt_of_the_first_second_shows_no_traceback(seconds, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_file_name_that_cannot_be_printed_is_escaped(encoding, tmp_path, digits_dir):
+def test_an_unprintable_file_name_is_escaped(encoding, tmp_path, digits_dir):
     pixels = np.random.RandomState(0).randint(0, 256, (200, 784)).astype(np.uint8)
     np.savez(tmp_path / "числа.npz", x=pixels[:100], x_test=pixels[100:])
     words = command("vae", "--iter_max", 2, "--data", "числа.npz")
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
-    assert (tmp_path / "checkpoints/model=vae_z=10_data=числа_run=0000/model-00002.pt").exists()
+    settings = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    result = subprocess.run(words, **settings, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    name = "model=vae_z=10_data=числа_run=0000"
+    assert (tmp_path / "checkpoints" / name / "model-00002.pt").exists()
     assert "\\u0447" in result.stdout
     words[-1] = "нет.npz"
-    missing = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    missing = subprocess.run(words, **settings, timeout=60)
     assert "there is no file" in one_line(missing, 2)
 
 
+# ---------------------------------------------------------------------------------------------
 # Locks
 
 
@@ -211,8 +225,13 @@ def test_without_locks_a_run_warns_and_continues(number, no_locks, script, tmp_p
     assert checkpoint_steps(tmp_path, "vae") == [2, 4]
 
 
-@pytest.mark.parametrize("error", [NotImplementedError("no flock here"), filelock.Timeout("a lock")])
-def test_whatever_filelock_makes_of_it_the_run_continues(error, no_locks, script, monkeypatch, tmp_path):
+ANSWERS = [NotImplementedError("no flock here"), filelock.Timeout("a lock")]
+
+
+@pytest.mark.parametrize("error", ANSWERS)
+def test_whatever_filelock_makes_of_it(error, no_locks, script, monkeypatch, tmp_path):
+    """The run continues."""
+
     def acquire(*_, **__):
         raise error
 
@@ -247,7 +266,8 @@ def test_a_lock_file_that_is_denied_is_named(script, monkeypatch, tmp_path):
 
     monkeypatch.setattr(os, "open", denied)
     line = one_line(script("vae", "--iter_max", 2), 2)
-    assert str(Path("logs", NAME, ".lock")) in line and "Permission denied" in line and "delete that file" in line
+    assert str(Path("logs", NAME, ".lock")) in line
+    assert "Permission denied" in line and "delete that file" in line
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -256,7 +276,7 @@ def test_a_failing_clean_up_hides_no_error(script, monkeypatch, tmp_path):
     real = os.unlink
 
     def unlink(path, *args, **kwargs):
-        if Path(path).name in (".lock", ".owner"):
+        if Path(path).name == ".lock":
             raise PermissionError(errno.EACCES, "the process cannot access the file", str(path))
         real(path, *args, **kwargs)
 
@@ -269,7 +289,7 @@ def test_a_failing_clean_up_hides_no_error(script, monkeypatch, tmp_path):
     assert "state.pt" in line and "cannot access" not in line
 
 
-def test_a_left_over_that_cannot_be_removed_keeps_the_error(monkeypatch, tmp_path):
+def test_a_left_over_hides_no_error(monkeypatch, tmp_path):
     def fails(number, words):
         def fail(*_, **__):
             raise OSError(number, words)
@@ -279,13 +299,14 @@ def test_a_left_over_that_cannot_be_removed_keeps_the_error(monkeypatch, tmp_pat
     monkeypatch.setattr(os, "replace", fails(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(os, "unlink", fails(errno.EACCES, "Permission denied"))
     with pytest.raises(OSError, match="No space left"):
-        files.write(tmp_path / "a.json", {"a": 1})
+        files.write(tmp_path / "a.json", b"{}")
 
 
+# ---------------------------------------------------------------------------------------------
 # Several processes and devices
 
 
-def test_world_size_without_the_rest_is_told_in_one_line(script, monkeypatch, tmp_path):
+def test_world_size_alone_is_told_in_one_line(script, monkeypatch, tmp_path):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -294,6 +315,12 @@ def test_world_size_without_the_rest_is_told_in_one_line(script, monkeypatch, tm
     monkeypatch.setenv("WORLD_SIZE", "two")
     assert "WORLD_SIZE" in one_line(script("vae", "--iter_max", 2), 2)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [["--z", "x"], ["--data", "nothing"]])
+def test_a_rank_alone_mutes_no_error(flags, script, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert flags[0] in one_line(script("vae", *flags), 2)
 
 
 @pytest.fixture
@@ -313,7 +340,13 @@ def test_more_processes_than_gpus_are_refused(flags, first_of_two, script, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_processes_on_apple_silicon_are_refused(first_of_two, script, monkeypatch, tmp_path):
+def test_a_rank_that_is_no_number_is_told(first_of_two, script, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "0x")
+    assert "RANK is '0x'" in one_line(script("vae", "--iter_max", 2), 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_on_apple_silicon_are_refused(first_of_two, script, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     line = one_line(script("vae", "--iter_max", 2), 2)
@@ -321,32 +354,36 @@ def test_several_processes_on_apple_silicon_are_refused(first_of_two, script, mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_evaluation_restores_the_random_state_of_every_gpu(monkeypatch):
-    states = {0: torch.tensor([10]), 1: torch.tensor([11])}
-
-    def seed_all(seed):
-        for number in states:
-            states[number] = torch.tensor([seed])
-
-    def number_of(which="cuda") -> int:
-        return which if isinstance(which, int) else 1  # the current device is the second
+def test_evaluation_on_a_cpu_touches_no_gpu(monkeypatch):
+    def touched(*args, **kwargs):
+        raise AssertionError("a GPU's random numbers were touched")
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda which="cuda": states[number_of(which)].clone())
-    set_state = lambda state, which="cuda": states.update({number_of(which): state})  # noqa: E731
-    monkeypatch.setattr(torch.cuda, "set_rng_state", set_state)
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", seed_all)
+    for name in ["get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"]:
+        monkeypatch.setattr(torch.cuda, name, touched)
     model = VAE()
     before = torch.get_rng_state()
-    with device.eval_mode(model):
-        torch.manual_seed(7)
-        torch.rand(3)
-        assert states[0].item() == states[1].item() == 7
-    assert [state.item() for state in states.values()] == [10, 11]
+    evaluate.bounds(model, torch.zeros(3, 784), ms=[1])
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@needs_cuda
+def test_evaluation_keeps_the_random_numbers_of_every_gpu():
+    """The model is on the last one, which need not be the current one."""
+    count = torch.cuda.device_count()
+    devices = [torch.device("cuda", number) for number in range(count)]
+    before = [torch.cuda.get_rng_state(device) for device in devices]
+    model = VAE().to(devices[-1])
+    x = torch.zeros(3, 784, device=devices[-1])
+    first = evaluate.bounds(model, x, ms=[1])
+    for device, state in zip(devices, before, strict=True):
+        assert torch.equal(torch.cuda.get_rng_state(device), state)
+    torch.rand(5, device=devices[-1])
+    assert evaluate.bounds(model, x, ms=[1]) == first
+
+
+# ---------------------------------------------------------------------------------------------
 # The threads that wait
 
 OWN_SETTINGS = {
@@ -376,19 +413,20 @@ def test_waiting_threads_spin_briefly_unless_told_otherwise(settings, tmp_path):
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     words = [sys.executable, "program.py"]
-    result = subprocess.run(words, cwd=tmp_path, env=environment | own, capture_output=True, text=True, timeout=60)
+    environment.update(own)
+    settings = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    result = subprocess.run(words, **settings, timeout=60)
     word, count = result.stdout.split()
     assert word == "count"
     assert count.isdecimal() if ours else count == own.get("GOMP_SPINCOUNT", "None")
     assert tree(tmp_path).keys() == {"program.py"}
 
 
-def test_a_table_that_is_held_between_saves_ends_no_training(script, monkeypatch, tmp_path):
+def test_a_table_that_is_held_ends_no_training(script, monkeypatch, tmp_path):
     """A spreadsheet on Windows does that."""
-    from codebase import train
-
     monkeypatch.setattr(train, "WRITE_EVERY", 0)
-    real, tables = os.replace, []
+    real = os.replace
+    tables = []
 
     def replace(source, target, **kwargs):
         if Path(target).name == "metrics.csv":
@@ -400,7 +438,44 @@ def test_a_table_that_is_held_between_saves_ends_no_training(script, monkeypatch
     monkeypatch.setattr(os, "replace", replace)
     result = script("vae", "--iter_max", 8)
     assert result.returncode == 0, result.stderr
-    (warning,) = (line for line in result.stdout.splitlines() if line.startswith("warning: metrics.csv"))
+    said = result.stdout.splitlines()
+    (warning,) = (line for line in said if line.startswith("warning: metrics.csv"))
     assert "Permission denied" in warning
     assert json.loads((tmp_path / "logs" / NAME / "results.json").read_text())["step"] == 8
     assert (tmp_path / "logs" / NAME / "metrics.csv").read_text().splitlines()[-1].startswith("8,")
+
+
+class Tee:
+    """What notebooks and scripts put in the place of a stream, to keep what is printed."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_a_plain_object_may_stand_for_a_stream(script, monkeypatch):
+    out = Tee()
+    monkeypatch.setattr(sys, "stdout", out)
+    assert script("vae", "--iter_max", 2).returncode == 0
+    assert "NELBO: " in out.text
+
+
+class BrokenPipe(Tee):
+    """Standard error whose reader is gone."""
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    def isatty(self):
+        return True
+
+
+def test_a_broken_pipe_of_progress_ends_no_training(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stderr", BrokenPipe())
+    assert script("vae", "--iter_max", 3).returncode == 0
+    assert state_file(tmp_path).exists()

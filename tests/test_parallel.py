@@ -1,45 +1,265 @@
-"""Several processes train and evaluate the same model as one, and end together."""
+"""Several processes train and evaluate as one, share the work, and end together."""
 
+import contextlib
+import importlib
+import io
 import json
+import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, ROOT, checkpoint_steps, table, torchrun, tree, weights
+from conftest import (
+    NAMES,
+    ROOT,
+    checkpoint_steps,
+    on_processes,
+    same,
+    table,
+    torchrun,
+    tree,
+    weights,
+)
+
+from codebase import data, evaluate, train
+from codebase.models.fsvae import FSVAE
+from codebase.models.gmvae import GMVAE
+from codebase.models.ssvae import SSVAE
+from codebase.models.vae import VAE
+from codebase.runtime.parallel import Processes, join, step_seed
 
 SHORT = ("--iter_max", 20, "--iter_save", 10)
+FAULTY = Path(__file__).with_name("faulty_vae.py")
 
 
-def distance(a: dict, b: dict) -> float:
-    """The norm of the difference over the norm of the weights: Adam may turn the rounding of a gradient that is nearly
-    zero into a step of its own size, so single weights can differ by more than the whole does."""
-    ours, theirs = (torch.cat([value.double().flatten() for value in weights.values()]) for weights in (a, b))
-    return ((ours - theirs).norm() / ours.norm()).item()
+# ---------------------------------------------------------------------------------------------
+# Three processes that are started once, for what does not end them
 
 
-def assert_same_training(one: Path, many: Path, name: str, step: int = 20) -> None:
-    """The weights and the table of a run in two folders are the same, but for the rounding of sums."""
-    assert distance(weights(one, name, step), weights(many, name, step)) < 1e-4
+def in_process(task: tuple[int, int, Callable, tuple]) -> Any:
+    """Call a function as the process of that rank among three."""
+    rank, port, function, arguments = task
+    torch.set_num_threads(1)
+    environment = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "3",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    with mock.patch.dict(os.environ, environment):
+        return function(*arguments)
+
+
+@pytest.fixture(scope="module")
+def three():
+    """Call a function in three processes at once; return what it returns in each of them."""
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+
+        def call(function: Callable, *arguments) -> list[Any]:
+            with socket.create_server(("localhost", 0)) as server:
+                port = server.getsockname()[1]
+            tasks = [(rank, port, function, arguments) for rank in range(3)]
+            return pool.map_async(in_process, tasks, chunksize=1).get(timeout=200)
+
+        yield call
+
+
+def call_main(folder: Path, model: str, *flags) -> tuple[int, str, str]:
+    """The exit code of a script and what it printed, without its plots being rendered."""
+    os.chdir(folder)
+    out = io.StringIO()
+    err = io.StringIO()
+    main = importlib.import_module(f"run_{model}").main
+    with (
+        mock.patch("matplotlib.figure.Figure.savefig"),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        code = main([str(flag) for flag in flags])
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory, digits_dir) -> Path:
+    """A file of a few drawn digits: 300 to train on, 230 to test."""
+    path = tmp_path_factory.mktemp("images") / "mine.npz"
+    pixels = data.drawn_digits(str(digits_dir), "test", False).pixels.numpy()
+    chosen = np.random.RandomState(0).permutation(len(pixels))
+    np.savez(path, x=pixels[chosen[:300]], x_test=pixels[chosen[300:530]])
+    return path
+
+
+def test_same_number_of_processes_same_bits(three, images, tmp_path):
+    """In one piece and in two: so every step is computed twice, by the same weights."""
+    flags = ["--data", images, "--iter_save", 10, "--test", "all", "--iter_max"]
+    parts = {"whole": [20], "parted": [10, 20]}
+    for folder, steps in parts.items():
+        (tmp_path / folder).mkdir()
+        for step in steps:
+            answers = three(call_main, tmp_path / folder, "vae", *flags, step)
+            assert [code for code, _, _ in answers] == [0, 0, 0], answers
+            assert [bool(out) for _, out, _ in answers] == [True, False, False]
+    assert "resuming from step 10" in answers[0][1]
+
+    name = NAMES["vae"].replace("digits", "mine")
+    whole = tmp_path / "whole"
+    parted = tmp_path / "parted"
+    assert same(weights(parted, name, 20), weights(whole, name, 20))
+    assert table(parted, name) == table(whole, name)
+    for file in ["test.csv", "results.json"]:
+        found = (parted / "logs" / name / file).read_text()
+        assert found == (whole / "logs" / name / file).read_text()
+
+
+# ---------------------------------------------------------------------------------------------
+# The gradient
+
+
+class RowNoise:
+    """Noise in place of torch.randn_like that belongs to the images, whoever computes them."""
+
+    def __init__(self):
+        self.rows = torch.arange(0)
+
+    def __call__(self, m: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        of_all = torch.randn(*m.shape[:-2], 100, m.shape[-1], generator=generator)
+        return of_all[..., self.rows, :]
+
+
+MODELS = {
+    "vae": VAE,
+    "gmvae": lambda: GMVAE(k=20, train_iw=5),
+    "ssvae": SSVAE,
+    "fsvae": FSVAE,
+}
+
+
+def one_step(kind: str, processes: Processes) -> tuple[dict, dict, dict, int]:
+    """Gradient, terms and new weights of a step on 100 images, and how many were computed here."""
+    torch.manual_seed(0)
+    model = MODELS[kind]()
+    x = (torch.rand(100, 3072 if kind == "fsvae" else 784) < 0.3).float()
+    y = torch.eye(10)[torch.randint(10, (100,))]
+    index = torch.randperm(100)
+    noise = RowNoise()
+
+    def batch(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        noise.rows = rows
+        if kind == "fsvae":
+            return x[rows], y[rows]
+        if kind == "ssvae":
+            return x[rows], x[:10], y[:10]
+        return (x[rows],)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = train.plain_step(model, optimizer, batch, processes)
+    with mock.patch("torch.randn_like", noise):
+        terms = step(index)
+    gradient = {name: value.grad for name, value in model.named_parameters()}
+    return gradient, terms, dict(model.state_dict()), len(noise.rows)
+
+
+def one_step_of_three(kind: str) -> tuple[dict, dict, dict, int]:
+    with join("cpu") as processes:
+        return one_step(kind, processes)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradient_of_unequal_shares_is_that_of_one(kind, three):
+    gradient, terms, _, rows = one_step(kind, Processes())
+    assert rows == 100
+    answers = three(one_step_of_three, kind)
+    assert [answer[3] for answer in answers] == [34, 33, 33]
+    for of_three, terms_of_three, new_weights, _ in answers:
+        torch.testing.assert_close(terms_of_three, terms)
+        assert of_three.keys() == gradient.keys()
+        for name, value in gradient.items():
+            scale = value.abs().max()
+            torch.testing.assert_close(of_three[name] / scale, value / scale, rtol=0, atol=1e-5)
+        assert same(new_weights, answers[0][2])  # they stay one model
+
+
+def test_every_process_and_step_has_its_noise():
+    seeds = set()
+    for seed in [0, 1, 2021]:
+        for rank in range(8):
+            for step in range(1000):
+                seeds.add(step_seed(seed, step, rank))
+    assert len(seeds) == 3 * 8 * 1000
+    with torch.random.fork_rng([]):
+        drawn = []
+        for rank in range(2):
+            Processes("cpu", rank, 2).seed_step(0, 5)
+            drawn.append(torch.rand(10))
+    assert not (drawn[0] == drawn[1]).any()
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def bounds(processes: Processes) -> tuple[dict, dict, int]:
+    """Bounds of 230 images, means and of each, and how many images were encoded here."""
+    torch.manual_seed(0)
+    model = GMVAE(k=20)
+    x = (torch.rand(230, 784) < 0.3).float()
+    encoded = []
+    model.enc.register_forward_pre_hook(lambda module, inputs: encoded.append(len(inputs[0])))
+    means = evaluate.bounds(model, x, [1, 10, 130], processes=processes)
+    count = sum(encoded)
+    each = evaluate.bounds(model, x, [1, 10, 130], processes=processes, reduce=False)
+    return means, each, count
+
+
+def bounds_of_three() -> tuple[dict, dict, int]:
+    with join("cpu") as processes:
+        return bounds(processes)
+
+
+def test_evaluation_is_shared_by_images(three):
+    means, each, count = bounds(Processes())
+    assert count == 230
+    answers = three(bounds_of_three)
+    assert [answer[2] for answer in answers] == [100, 100, 30]
+    for means_of_three, each_of_three, _ in answers:
+        assert means_of_three == means
+        assert same(each_of_three, each)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training with torchrun: other random numbers than those of one process, as good a model
+
+# How far means over sixty steps may lie apart, relatively: some three times what other random
+# numbers make of the run of one process. NELBO and Rec vary most where they are not the loss.
+TOLERANCE = {"nelbo": 0.1, "rec": 0.1, "kl": 0.1, "kl_y": 0.2, "ce": 0.3, "acc": 0.2}
+OF_LOSS = {"vae": 0.02, "gmvae": 0.02, "ssvae": 0.06, "fsvae": 0.2}
+
+
+def assert_similar_training(one: Path, many: Path, name: str) -> None:
+    """The tables of a run in two folders differ by their random numbers alone."""
     for row, wanted in zip(table(many, name), table(one, name), strict=True):
-        assert {k: float(v) for k, v in row.items()} == pytest.approx(
-            {k: float(v) for k, v in wanted.items()}, rel=1e-4
-        )
+        assert row.keys() == wanted.keys()
+        assert row["step"] == wanted["step"]
+        loss = float(wanted["loss"])
+        model = name.removeprefix("model=").split("_")[0]
+        assert float(row["loss"]) == pytest.approx(loss, rel=OF_LOSS[model])
+        for column, tolerance in TOLERANCE.items():
+            if column in wanted and model != "fsvae":
+                assert float(row[column]) == pytest.approx(float(wanted[column]), rel=tolerance)
 
 
-def last_figure(result: subprocess.CompletedProcess) -> float:
+def last_number(result: subprocess.CompletedProcess) -> float:
     return float(result.stdout.strip().splitlines()[-1].split(": ")[1].split(". ")[0])
-
-
-def complaints(result: subprocess.CompletedProcess, script: str = "run_vae.py") -> list[str]:
-    """What our scripts say on standard error, without torchrun's own report; no traceback of ours may be there."""
-    assert result.returncode != 0
-    assert str(ROOT / "codebase") not in result.stderr and "in one_run" not in result.stderr, result.stderr
-    return [line for line in result.stderr.splitlines() if line.startswith(f"{script}: ")]
 
 
 @pytest.fixture
@@ -50,220 +270,240 @@ def folders(tmp_path) -> list[Path]:
     return made
 
 
-@pytest.fixture
-def wrapped(tmp_path, digits_dir):
-    """Two processes of run_vae.py in which something was changed first; the code sees RANK and at_step(n, fault)."""
-
-    def run(code: str, *flags) -> subprocess.CompletedProcess:
-        path = tmp_path / "wrapper.py"
-        path.write_text(f"{SETTING}\n{code}\nsys.exit(run_vae.main(sys.argv[1:]))\n")
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", path]
-        words += ["--data", "digits", "--data_dir", digits_dir, *flags]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        given = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 120}
-        return subprocess.run(list(map(str, words)), **given)
-
-    return run
-
-
-SETTING = """
-import os, signal, sys, time
-import torch
-from codebase import evaluate, train
-from codebase.runtime import processes
-import run_vae
-RANK = int(os.environ["RANK"])
-
-def at_step(n, fault, backward=train.backward):
-    steps = iter(range(1, 1 << 60))
-    def faulty(*args):
-        if next(steps) == n:
-            fault()
-        return backward(*args)
-    train.backward = faulty
-
-def send(number):
-    return lambda: os.kill(os.getpid(), number)
-"""
-
-
 @pytest.mark.parametrize(
     "model, flags, part",
     [
-        ("ssvae", [], ""),
+        ("vae", [], ""),
+        pytest.param("ssvae", [], "", marks=pytest.mark.long),
         pytest.param("ssvae", ["--labels", 200], "_labels=200", marks=pytest.mark.long),
         pytest.param("gmvae", ["--train_iw", 5], "_train_iw=5", marks=pytest.mark.long),
         pytest.param("fsvae", [], "", marks=pytest.mark.long),
     ],
 )
-def test_two_processes_train_the_same_model_as_one(model, flags, part, folders, digits_dir, script):
+def test_two_processes_train_as_well_as_one(model, flags, part, folders, digits_dir, script):
     one, many = folders
-    alone = script(model, *SHORT, *flags, cwd=one)
-    together = torchrun(2, model, many, digits_dir, *SHORT, *flags)
+    steps = ["--iter_max", 60, "--iter_save", 20]
+    alone = script(model, *steps, *flags, cwd=one)
+    together = torchrun(2, model, many, digits_dir, *steps, *flags)
     assert together.returncode == 0, together.stderr
-    assert_same_training(one, many, NAMES[model].replace("_data", f"{part}_data"))
-    assert last_figure(together) == pytest.approx(last_figure(alone), rel=1e-3)
-    assert together.stdout.count("trained to step") == 1 and "steps: plain (2 processes)" in together.stdout
+    assert_similar_training(one, many, NAMES[model].replace("_data", f"{part}_data"))
+    assert last_number(together) == pytest.approx(last_number(alone), rel=0.2)
+    assert together.stdout.count("trained to step") == 1
+    assert "steps: plain (2 processes)" in together.stdout
 
 
 @pytest.mark.long
-def test_a_series_of_runs_on_three_processes_equals_that_of_one(folders, digits_dir, script):
+def test_a_series_on_three_processes(folders, digits_dir, script):
     one, many = folders
-    alone = script("vae", *SHORT, "--runs", 2, cwd=one)
-    together = torchrun(3, "vae", many, digits_dir, *SHORT, "--runs", 2)
+    steps = ["--iter_max", 60, "--iter_save", 20, "--runs", 2]
+    alone = script("vae", *steps, cwd=one)
+    together = torchrun(3, "vae", many, digits_dir, *steps)
     assert together.returncode == 0, together.stderr
     for run in range(2):
-        assert_same_training(one, many, NAMES["vae"].replace("0000", f"000{run}"))
-    assert together.stdout.count("trained to step") == alone.stdout.count("trained to step") == 2
-    summaries = [json.loads(next(folder.glob("logs/*_summary.json")).read_text()) for folder in (one, many)]
+        assert_similar_training(one, many, NAMES["vae"].replace("0000", f"000{run}"))
+    assert alone.stdout.count("trained to step") == 2
+    assert together.stdout.count("trained to step") == 2
+    summaries = []
+    for folder in folders:
+        path = next(folder.glob("logs/*_summary.json"))
+        summaries.append(json.loads(path.read_text()))
     assert summaries[0]["runs"] == summaries[1]["runs"] == [0, 1]
-    for mine, wanted in zip(summaries[1]["each"], summaries[0]["each"], strict=True):
-        assert mine == pytest.approx(wanted, rel=1e-3)
+    for wanted, found in zip(summaries[0]["each"], summaries[1]["each"], strict=True):
+        assert found.keys() == wanted.keys()
+        for name in ["nelbo", "rec"]:
+            assert found[name] == pytest.approx(wanted[name], rel=0.05)
 
 
 @pytest.mark.long
-def test_a_run_goes_on_with_more_processes_and_evaluation_shares_the_samples(folders, digits_dir, script):
-    """GMVAE with --run, which torchrun takes for an option of its own unless -- comes before the script."""
-    (one, many), name = folders, NAMES["gmvae"].replace("0000", "0003")
-    assert script("gmvae", *SHORT, "--run", 3, cwd=one).returncode == 0
+def test_a_run_resumes_with_more_processes(folders, digits_dir, script):
+    """GMVAE with --run, which torchrun takes for its own option unless -- comes before the script.
+
+    The evaluation of a hundred images is the same on one process and on three.
+    """
+    one, many = folders
+    name = NAMES["gmvae"].replace("0000", "0003")
+    longer = ["--iter_max", 60, "--iter_save", 10, "--run", 3]
+    assert script("gmvae", *longer, cwd=one).returncode == 0
     assert script("gmvae", "--iter_max", 10, "--run", 3, cwd=many).returncode == 0
-    together = torchrun(2, "gmvae", many, digits_dir, *SHORT, "--run", 3)
-    assert together.returncode == 0 and "going on from step 10" in together.stdout, together.stderr
-    assert_same_training(one, many, name)
-    flags = (*SHORT, "--run", 3, "--train", 0, "--iw", 10, 100, 300)
-    alone, together = script("gmvae", *flags, cwd=many), torchrun(3, "gmvae", many, digits_dir, *flags)
-    for ours, wanted in zip(together.stdout.splitlines()[-4:], alone.stdout.splitlines()[-4:], strict=True):
-        assert float(ours.split(": ")[-1]) == pytest.approx(float(wanted.split(": ")[-1]), rel=1e-4)
+    together = torchrun(2, "gmvae", many, digits_dir, *longer)
+    assert together.returncode == 0, together.stderr
+    assert "resuming from step 10" in together.stdout
+    assert "the steps before were of 1 processes: the bits will differ" in together.stdout
+    assert_similar_training(one, many, name)
+
+    flags = [*longer, "--train", 0, "--iw", 10, 100, 300]
+    alone = script("gmvae", *flags, cwd=many)
+    together = torchrun(3, "gmvae", many, digits_dir, *flags)
+    assert together.stdout.splitlines()[-4:] == alone.stdout.splitlines()[-4:]
+    assert "IWAE-300" in alone.stdout
 
 
 @pytest.mark.long
-def test_training_on_the_iwae_bound_of_ones_own_images_and_the_bounds_of_all_test_images_are_shared(
-    folders, digits_dir, script
-):
-    """With pieces of several samples of a batch, and pieces of a hundred test images."""
-    (one, many), name = folders, "model=vae_z=10_train_iw=15_data=mine_run=0000"
-    pixels = np.random.RandomState(0).randint(0, 256, (330, 784)).astype(np.uint8)
-    np.savez(one.parent / "mine.npz", x=pixels[:200], x_test=pixels[200:])
-    flags = (*SHORT, "--train_iw", 15, "--test", "all", "--data", one.parent / "mine.npz")
-    alone, together = script("vae", *flags, cwd=one), torchrun(2, "vae", many, digits_dir, *flags)
+def test_bounds_of_all_test_images_are_shared(folders, images, digits_dir, script):
+    """Of a model that was trained on the IWAE bound of one's own images."""
+    one, many = folders
+    name = "model=vae_z=10_train_iw=15_data=mine_run=0000"
+    flags = ["--iter_max", 60, "--iter_save", 30, "--train_iw", 15, "--test", "all"]
+    flags += ["--data", images]
+    alone = script("vae", *flags, cwd=one)
+    together = torchrun(2, "vae", many, digits_dir, *flags)
     assert together.returncode == 0, together.stderr
-    assert_same_training(one, many, name)
-    assert last_figure(together) == pytest.approx(last_figure(alone), rel=1e-4)
-    figures = [json.loads((folder / "logs" / name / "results.json").read_text())["figures_all"] for folder in folders]
-    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
-    rows = [(folder / "logs" / name / "test.csv").read_text().split() for folder in folders]
-    assert len(rows[0]) == len(rows[1]) == 3  # one process writes them
-    for row, wanted in zip(rows[1][1:], rows[0][1:], strict=True):
-        assert list(map(float, row.split(","))) == pytest.approx(list(map(float, wanted.split(","))), rel=1e-4)
+    assert_similar_training(one, many, name)
+    # The NELBO is not what was trained on, and varies by a tenth with the random numbers.
+    assert last_number(together) == pytest.approx(last_number(alone), rel=0.3)
+    tables = []
+    for folder in folders:
+        tables.append((folder / "logs" / name / "test.csv").read_text().split())
+    assert len(tables[0]) == len(tables[1]) == 3  # one process writes them
+    for row, wanted in zip(tables[1][1:], tables[0][1:], strict=True):
+        step, nelbo = row.split(",")[:2]
+        assert step == wanted.split(",")[0]
+        assert float(nelbo) == pytest.approx(float(wanted.split(",")[1]), rel=0.3)
+
+    # The same weights give the same bounds.
+    shutil.copytree(many / "checkpoints", one / "checkpoints", dirs_exist_ok=True)
+    flags += ["--train", 0, "--iw", 1, 10, 130]
+    alone = script("vae", *flags, cwd=one)
+    together = torchrun(2, "vae", many, digits_dir, *flags)
+    assert together.stdout.splitlines()[-4:] == alone.stdout.splitlines()[-4:]
+    metrics = []
+    for folder in folders:
+        results = (folder / "logs" / name / "results.json").read_text()
+        metrics.append(json.loads(results)["figures_all"])
+    assert metrics[0] == metrics[1]
 
 
-def test_a_failed_run_ends_all_processes_with_one_line_and_its_series(wrapped, tmp_path):
+# ---------------------------------------------------------------------------------------------
+# Failures, signals and refusals end all processes, with one line
+
+
+def complaints(result: subprocess.CompletedProcess, script: str = "run_vae.py") -> list[str]:
+    """What our scripts say on standard error, which is no traceback; torchrun says more."""
+    assert result.returncode != 0
+    assert str(ROOT / "codebase") not in result.stderr, result.stderr
+    assert "in one_run" not in result.stderr, result.stderr
+    return [line for line in result.stderr.splitlines() if line.startswith(f"{script}: ")]
+
+
+def only_complaint(result: subprocess.CompletedProcess, script: str = "run_vae.py") -> str:
+    lines = complaints(result, script)
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture
+def faulty(tmp_path, digits_dir):
+    """Two processes of run_vae.py in which something goes wrong; see faulty_vae.py."""
+
+    def run(fault: str, *flags) -> subprocess.CompletedProcess:
+        words = [FAULTY, fault, "--data", "digits", "--data_dir", digits_dir, *flags]
+        return on_processes(2, tmp_path, [str(word) for word in words])
+
+    return run
+
+
+def test_a_failed_run_ends_all_processes(faulty, tmp_path):
+    """And its series. The process that comes first says why."""
     broken = tmp_path / "checkpoints" / NAMES["vae"] / "state.pt"
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"nothing that can be read")
-    hasty = """first_to_fail = processes.Ranks.first_to_fail
-processes.Ranks.first_to_fail = lambda self: (time.sleep(0.1 if RANK == 0 else 0), first_to_fail(self))[1]"""
-    lines = complaints(wrapped(hasty, *SHORT, "--runs", 2), "wrapper.py")  # whoever comes first
-    assert len(lines) == 1 and "state.pt" in lines[0]
+    line = only_complaint(faulty("slow main process", *SHORT, "--runs", 2), FAULTY.name)
+    assert "state.pt" in line
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [NAMES["vae"]]
     assert checkpoint_steps(tmp_path, "vae") == []
 
 
 @pytest.mark.long
-def test_processes_without_a_shared_folder_stop_and_go_on_together_whoever_gets_the_signal(wrapped, tmp_path, script):
-    one, first, other = (tmp_path / name for name in ("one", "rank0", "rank1"))
-    for folder in (one, first, other):
+def test_processes_without_a_shared_folder_stop_together(faulty, tmp_path, script):
+    """Whoever gets the signal; then they resume together."""
+    one = tmp_path / "one"
+    first = tmp_path / "rank0"
+    other = tmp_path / "rank1"
+    for folder in [one, first, other]:
         folder.mkdir()
     assert script("vae", *SHORT, cwd=one).returncode == 0
     shutil.copytree(one / "checkpoints", other / "checkpoints")  # further on, and not to be used
-    before, apart = tree(other), "os.chdir(f'rank{RANK}')\n"
-    state = first / "checkpoints" / NAMES["vae"] / "state.pt"
+    before = tree(other)
+    checkpoints = first / "checkpoints"
 
-    lines = complaints(wrapped(apart + "if RANK == 1: at_step(12, send(signal.SIGTERM))", *SHORT), "wrapper.py")
-    assert len(lines) == 1 and "stopped at step 12, state saved" in lines[0]
-    assert torch.load(state)["step"] == 12
+    line = only_complaint(faulty("terminated at 12", *SHORT), FAULTY.name)
+    assert "stopped at step 12, state saved" in line
+    assert torch.load(checkpoints / NAMES["vae"] / "state.pt")["step"] == 12
 
-    # eight steps finish this run; the eighth of the next one is interrupted, and there is no third
-    result = wrapped(apart + "if RANK == 0: at_step(16, send(signal.SIGINT))", *SHORT, "--runs", 3)
-    assert "going on from step 12" in result.stdout
-    assert_same_training(one, first, NAMES["vae"])
-    lines, second = complaints(result, "wrapper.py"), NAMES["vae"].replace("0000", "0001")
-    assert len(lines) == 1 and "stopped at step 8, state saved" in lines[0]
-    assert torch.load(state.parent.with_name(second) / "state.pt")["step"] == 8
-    assert {path.name for path in (first / "checkpoints").iterdir()} == {NAMES["vae"], second}
+    # Eight steps finish this run; the eighth of the next is interrupted, and there is no third.
+    result = faulty("interrupted at 16", *SHORT, "--runs", 3)
+    assert "resuming from step 12" in result.stdout
+    assert checkpoint_steps(first, "vae") == [10, 20]
+    second = NAMES["vae"].replace("0000", "0001")
+    assert "stopped at step 8, state saved" in only_complaint(result, FAULTY.name)
+    assert torch.load(checkpoints / second / "state.pt")["step"] == 8
+    assert {path.name for path in checkpoints.iterdir()} == {NAMES["vae"], second}
     assert tree(other) == before  # the first process alone writes
 
 
 @pytest.mark.long
-def test_a_stop_whose_state_cannot_be_stored_is_not_said_to_be_saved(wrapped, tmp_path):
-    full = """from codebase import checkpoint
-save_state = checkpoint.save_state
-def failing(name, state):
-    if state["step"] == 12:
-        time.sleep(1)
-        raise OSError(28, "No space left on device")
-    save_state(name, state)
-checkpoint.save_state = failing
-at_step(12, send(signal.SIGTERM))"""
-    lines = complaints(wrapped(full, *SHORT), "wrapper.py")
-    assert len(lines) == 1 and "No space left on device" in lines[0]
+def test_a_stop_that_saved_nothing_says_so(faulty):
+    line = only_complaint(faulty("disk full at 12", *SHORT), FAULTY.name)
+    assert "No space left on device" in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
-def test_a_device_that_is_not_there_is_refused_in_one_line(tmp_path, digits_dir):
-    lines = complaints(torchrun(2, "vae", tmp_path, digits_dir, "--device", "cuda"))
-    assert len(lines) == 1 and "--device" in lines[0] and not list(tmp_path.iterdir())
+def test_a_missing_device_is_refused(tmp_path, digits_dir):
+    line = only_complaint(torchrun(2, "vae", tmp_path, digits_dir, "--device", "cuda"))
+    assert "--device" in line
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_bad_command_line_is_refused_in_one_line(tmp_path, digits_dir):
-    result = torchrun(2, "vae", tmp_path, digits_dir, "--z", 0)
-    assert len(lines := complaints(result)) == 1 and "--z" in lines[0] and not list(tmp_path.iterdir())
+def test_a_bad_command_line_is_refused(tmp_path, digits_dir):
+    line = only_complaint(torchrun(2, "vae", tmp_path, digits_dir, "--z", 0))
+    assert "--z" in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags", [["--k", 5], ["--iter_max", "x"]])
-def test_the_first_process_alone_speaks_of_a_bad_command_line(flags, script, monkeypatch):
+def test_the_first_process_speaks_of_bad_commands(flags, script, monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     said = []
-    for rank in ("0", "1"):
+    for rank in ["0", "1"]:
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         result = script("vae", *flags)
         assert result.returncode == 2
         said.append(result.stderr.splitlines())
-    assert len(said[0]) == 1 and flags[0] in said[0][0] and not said[1]
+    assert len(said[0]) == 1
+    assert flags[0] in said[0][0]
+    assert not said[1]
 
 
-def test_a_batch_smaller_than_the_number_of_processes_is_refused(tmp_path, digits_dir):
-    lines = complaints(torchrun(2, "vae", tmp_path, digits_dir, "--iter_max", 5, "--batch_size", 1))
-    assert len(lines) == 1 and "takes at least one image per process" in lines[0]
+def test_a_batch_smaller_than_the_processes_is_refused(tmp_path, digits_dir):
+    flags = ["--iter_max", 5, "--batch_size", 1]
+    line = only_complaint(torchrun(2, "vae", tmp_path, digits_dir, *flags))
+    assert "takes at least one image per process" in line
 
 
-def test_a_process_that_dies_in_training_ends_all_with_one_line_and_the_run_goes_on(wrapped, tmp_path, script):
-    lines = complaints(wrapped("if RANK == 1: at_step(16, send(signal.SIGKILL))", *SHORT), "wrapper.py")
-    assert len(lines) == 1 and "another process of this run died" in lines[0]
+def test_a_process_that_dies_ends_all(faulty, tmp_path, script):
+    """And the run resumes from its last state."""
+    line = only_complaint(faulty("killed at 16", *SHORT), FAULTY.name)
+    assert "another process of this run died" in line
     assert checkpoint_steps(tmp_path, "vae") == [10]
     result = script("vae", *SHORT)
-    assert result.returncode == 0 and "going on from step 10" in result.stdout
+    assert result.returncode == 0, result.stderr
+    assert "resuming from step 10" in result.stdout
     assert [row["step"] for row in table(tmp_path, NAMES["vae"])] == ["20"]
 
 
-@pytest.mark.parametrize("seconds", [pytest.param(0, marks=pytest.mark.long), 3])
 @pytest.mark.long
-def test_a_process_that_dies_in_evaluation_ends_all_with_one_line(seconds, wrapped, tmp_path):
+@pytest.mark.parametrize("fault", ["killed in evaluation", "killed in evaluation, the other busy"])
+def test_a_process_that_dies_in_evaluation_ends_all(fault, faulty, tmp_path):
     """Whether the other one waits for it, or is busy when torchrun ends it."""
-    late = f"""bounds = evaluate.bounds
-def faulty(*args, **kwargs):
-    if RANK == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep({seconds})
-    return bounds(*args, **kwargs)
-evaluate.bounds = faulty"""
-    result = wrapped(late, *SHORT)
-    assert "trained to step 20" in result.stdout and checkpoint_steps(tmp_path, "vae") == [10, 20]
-    assert len(complaints(result, "wrapper.py")) == 1, result.stderr
+    result = faulty(fault, *SHORT)
+    assert "trained to step 20" in result.stdout
+    assert checkpoint_steps(tmp_path, "vae") == [10, 20]
+    only_complaint(result, FAULTY.name)
 
 
-def test_an_error_of_one_process_alone_is_reported_in_its_words(wrapped):
-    full = """def fault():
-    raise torch.OutOfMemoryError("CUDA out of memory: the second card is full")
-if RANK == 1: at_step(5, fault)"""
-    lines = complaints(wrapped(full, *SHORT), "wrapper.py")
-    assert len(lines) == 1 and "the second card is full" in lines[0] and "smaller --batch_size" in lines[0]
+def test_an_error_of_one_process_is_told(faulty):
+    line = only_complaint(faulty("out of memory at 5", *SHORT), FAULTY.name)
+    assert "the second card is full" in line
+    assert "smaller --batch_size" in line

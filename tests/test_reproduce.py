@@ -1,4 +1,7 @@
-"""docs/reproduce.py runs what is not done, stores what counts and keeps the pages' tables; its scripts here pretend."""
+"""docs/reproduce.py runs what is not done, stores what counts and keeps the pages' tables.
+
+The scripts that it starts here pretend.
+"""
 
 import importlib
 import json
@@ -12,10 +15,12 @@ import pytest
 from conftest import ROOT, tree, wait_for
 from matplotlib import image
 
-from codebase.runtime import options, report
+from codebase.runtime.log import describe_data, part_of
 
 FIGURES = {"kl": 19.25, "rec": 82.5, "nelbo": 101.75, "active": 10, "components": 500}
-FIGURES |= {f"{name}_{m}": 100.0 - m / 1000 for name in ("niwae", "ess") for m in (1, 10, 100, 1000)}
+for samples in (1, 10, 100, 1000):
+    FIGURES[f"niwae_{samples}"] = 100.0 - samples / 1000
+    FIGURES[f"ess_{samples}"] = 100.0 - samples / 1000
 PRETEND = """
 import json, pathlib, sys
 name, stage, seed, mode = sys.argv[1:]
@@ -26,12 +31,20 @@ if mode == "fail" and seed == "1":
 folder = pathlib.Path("logs", name)
 folder.mkdir(parents=True, exist_ok=True)
 path = folder / "results.json"
-known = json.loads(path.read_text()) if path.exists() else {}
-known |= {"data": "drawn digits, not MNIST" if mode == "digits" else "mnist", "test_images": 10000, "step": 20000}
+known = {}
+if path.exists():
+    known = json.loads(path.read_text())
+known["data"] = "drawn digits, not MNIST" if mode == "digits" else "mnist"
+known["test_images"] = 10000
+known["step"] = 20000
 found = {"nelbo": 101 + int(seed) / 10, "kl": 19.0, "rec": 82.0, "active": 10}
-found |= {f"{key}_{m}": 98.0 for key in ("niwae", "ess") for m in (1, 10, 100, 1000)} if stage != "train" else {}
+if stage != "train":
+    for m in (1, 10, 100, 1000):
+        found[f"niwae_{m}"] = 98.0
+        found[f"ess_{m}"] = 98.0
 part = {"2018": "figures_2018", "0.4": "figures_torch-0.4"}.get(stage, "figures")
-path.write_text(json.dumps(known | {part: found}))
+known[part] = found
+path.write_text(json.dumps(known))
 """
 
 
@@ -40,7 +53,7 @@ STOPPED = "stopped, the runs' states are saved; the same command goes on from th
 
 @pytest.fixture
 def reproduce(tmp_path, monkeypatch):
-    """The module, in an empty folder and with pages and figures.json in it; no script is started in earnest."""
+    """The module, in an empty folder with pages and figures.json; no script is really started."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     module = importlib.import_module("reproduce")
     monkeypatch.chdir(tmp_path)
@@ -50,7 +63,10 @@ def reproduce(tmp_path, monkeypatch):
         page.write_text("# Title\n\n<!-- table vae -->\nold\n<!-- end -->\nlast line\n")
     monkeypatch.setattr(module, "PAGES", pages)
     monkeypatch.setattr(module, "command", lambda *_: pytest.fail("a script was started"))
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     yield module
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -66,7 +82,12 @@ def pretend(module, monkeypatch, mode=""):
 def log(module, series, seed, folder, **changes):
     """A run's results.json as a script leaves it."""
     data, test_images = module.REAL[series.data]
-    found = {"data": data, "test_images": test_images, "step": series.step, "figures": dict(FIGURES)}
+    found = {
+        "data": data,
+        "test_images": test_images,
+        "step": series.step,
+        "figures": dict(FIGURES),
+    }
     path = folder / "logs" / series.name(seed) / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found | changes))
@@ -76,12 +97,16 @@ def log(module, series, seed, folder, **changes):
 def test_every_series_is_what_its_script_calls_it_and_its_flags_are_taken(reproduce, monkeypatch):
     monkeypatch.undo()  # the command lines in earnest
     for series, seed in reproduce.needed(list(reproduce.TABLES)):
-        kind = importlib.import_module(series.script.removesuffix(".py")).Run
-        for stage in reproduce.STAGES if kind.model in ("vae", "gmvae") else ["train"]:
-            values = options.parse(kind, "", reproduce.command(series, seed, stage, "data")[2:])
-            run = kind(**{key: value for key, value in values.items() if key != "runs"})
+        script = importlib.import_module(series.script.removesuffix(".py"))
+        stages = ["train"]
+        if series.script in ("run_vae.py", "run_gmvae.py"):
+            stages = list(reproduce.STAGES)
+        for stage in stages:
+            run = script.parse(reproduce.command(series, seed, stage, "data")[2:])
             assert (run.name, run.iter_max) == (series.name(seed), series.step)
-            assert report.described(run) == reproduce.REAL[series.data][0]
+            assert describe_data(run) == reproduce.REAL[series.data][0]
+            part = reproduce.STAGES[stage][1]
+            assert part == f"figures{part_of(run)}"
 
 
 def test_it_goes_on_where_it_stopped(reproduce, tmp_path, monkeypatch, capsys):
@@ -89,9 +114,11 @@ def test_it_goes_on_where_it_stopped(reproduce, tmp_path, monkeypatch, capsys):
     log(reproduce, reproduce.VAE, 0, tmp_path)  # trained and evaluated
     log(reproduce, reproduce.VAE, 1, tmp_path, figures={"nelbo": 101.0})  # trained
     assert reproduce.main(["--only", "vae", "--jobs", "3"]) == 0
-    said, calls = capsys.readouterr().out, (tmp_path / "calls").read_text().splitlines()
+    said = capsys.readouterr().out
+    calls = (tmp_path / "calls").read_text().splitlines()
     assert said.startswith("9 of 10 runs are to do, 3 at a time: 2")
-    assert len(calls) == len(set(calls)) == 1 + 2 * 8 and f"{reproduce.VAE.name(1)} train" not in calls
+    assert len(calls) == len(set(calls)) == 1 + 2 * 8
+    assert f"{reproduce.VAE.name(1)} train" not in calls
     assert not any(line.startswith(reproduce.VAE.name(0)) for line in calls)
     assert reproduce.main(["--only", "vae"]) == 0 and "0 of 10 runs" in capsys.readouterr().out
     assert len((tmp_path / "calls").read_text().splitlines()) == len(calls)
@@ -103,20 +130,17 @@ def test_a_failed_run_is_reported_and_the_others_go_on(reproduce, tmp_path, monk
     pretend(reproduce, monkeypatch, "fail")
     assert reproduce.main(["--only", "vae", "--jobs", "3"]) == 1
     said = capsys.readouterr().out
-    assert f"{reproduce.VAE.name(1)}: train FAILED, exit code 1: run_vae.py: error: the disk is full" in said
+    failed = "train FAILED, exit code 1: run_vae.py: error: the disk is full"
+    assert f"{reproduce.VAE.name(1)}: {failed}" in said
     assert "**mean** | 101.49 ± 0.10 |" in said and "| 9 of 10 |" in said
 
 
 def test_a_run_on_drawn_digits_is_reported(reproduce, monkeypatch, capsys):
     pretend(reproduce, monkeypatch, "digits")
     assert reproduce.main(["--only", "vae"]) == 1
-    assert (
-        capsys.readouterr().out.count(
-            "its figures do not count: drawn digits, not MNIST, 10000 test images, step 20000"
-        )
-        == 10
-        and not reproduce.FIGURES.exists()
-    )
+    why = "its figures do not count: drawn digits, not MNIST, 10000 test images, step 20000"
+    assert capsys.readouterr().out.count(why) == 10
+    assert not reproduce.FIGURES.exists()
 
 
 @pytest.mark.parametrize(
@@ -136,11 +160,14 @@ def test_a_run_on_drawn_digits_is_reported(reproduce, monkeypatch, capsys):
 )
 def test_what_is_not_real_does_not_count(changes, reproduce, tmp_path):
     settings = {name: changes[name] for name in ("seed", "batch_size") if name in changes}
-    folder = log(reproduce, reproduce.VAE, 0, tmp_path, **{} if settings else changes)
+    if settings:
+        changes = {}
+    folder = log(reproduce, reproduce.VAE, 0, tmp_path, **changes)
     (folder / "config.json").write_text(json.dumps({"seed": 0, "batch_size": 100} | settings))
     assert not reproduce.done(reproduce.results(reproduce.VAE, 0), "subset")
     known = reproduce.collect({(reproduce.VAE, 0): []})
-    assert reproduce.table("vae", known) == ["(no run of this table yet: `python docs/reproduce.py --only vae`)"]
+    none = "(no run of this table yet: `python docs/reproduce.py --only vae`)"
+    assert reproduce.table("vae", known) == [none]
 
 
 def test_damaged_results_do_not_count(reproduce, tmp_path):
@@ -156,38 +183,46 @@ def test_seeds_that_are_there_are_counted(reproduce, tmp_path, capsys):
     assert sum(line.startswith(("| 0 | 101.00 |", "| 4 | 105.00 |")) for line in lines) == 2
     mean = next(line for line in lines if "**mean**" in line)
     assert mean.startswith("| **mean** | 103.00 ± 2.00 |") and mean.endswith("| 2 of 10 |")
-    assert "| 1 | 19.25 ± 0.00 | 82.50 ± 0.00 | 103.00 ± 2.00 | 99.00 ± 0.00 | 10.0 ± 0.0 |  |  | 2 of 10 |" in lines
+    bounds = "| 1 | 19.25 ± 0.00 | 82.50 ± 0.00 | 103.00 ± 2.00 | 99.00 ± 0.00 |"
+    assert f"{bounds} 10.0 ± 0.0 |  |  | 2 of 10 |" in lines
 
 
 def test_every_table_can_be_made(reproduce, tmp_path, capsys):
     runs = reproduce.needed(list(reproduce.TABLES))
     for series, seed in runs:
-        more = {"figures_all": FIGURES | {"niwae_5000": 93.8}, "figures_2018": FIGURES | {"nelbo": 99.75}}
-        more |= {"figures_torch-0.4": FIGURES | {"nelbo": 98.75}}
-        more |= {"per_digit_accuracy": [0.9] * 10}
-        folder = log(reproduce, series, seed, tmp_path, figures=FIGURES | {"accuracy": 0.94 + seed / 1000}, **more)
-        (folder / "metrics.csv").write_text(f"step,nelbo,seconds\n10000,-590.5,50\n{series.step},-596.25,110\n")
+        stored = {
+            "figures": FIGURES | {"accuracy": 0.94 + seed / 1000},
+            "figures_all": FIGURES | {"niwae_5000": 93.8},
+            "figures_2018": FIGURES | {"nelbo": 99.75},
+            "figures_torch-0.4": FIGURES | {"nelbo": 98.75},
+            "per_digit_accuracy": [0.9] * 10,
+        }
+        folder = log(reproduce, series, seed, tmp_path, **stored)
+        rows = f"10000,-590.5,50\n{series.step},-596.25,110\n"
+        (folder / "metrics.csv").write_text(f"step,nelbo,seconds\n{rows}")
         (folder / "test.csv").write_text("step,nelbo,kl,rec\n10000,-565.5,20,-585.5\n")
         (folder / "config.json").write_text('{"torch": "2.15"}')
     assert reproduce.main(["--collect"]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"{len(runs)} of {len(runs)} runs are in logs/, {len(runs)} of them new")
-    nelbo = "| VAE NELBO | 101.75 ± 0.00 | 99.75 ± 0.00 | 98.75 ± 0.00 | 101.5 | 0.55 | +4.5 | -31.8 | -50.0 |"
-    assert f"{nelbo} 98 to 102 | 10, 10, 10 of 10 | 101.04 to 101.82 |" in said
-    accuracy = (
-        "| SSVAE gw = 1 accuracy | 0.9420 ± 0.0007 |  |  | 0.934 | 0.0139 | +5.1 |  |  | 0.885 to 0.955 | 5 of 5 |"
+    nelbo = "| VAE NELBO | 101.75 ± 0.00 | 99.75 ± 0.00 | 98.75 ± 0.00 | 101.5 | 0.55 |"
+    assert (
+        f"{nelbo} +4.5 | -31.8 | -50.0 | 98 to 102 | 10, 10, 10 of 10 | 101.04 to 101.82 |" in said
     )
-    assert f"{accuracy} 0.942 to 0.949 |" in said
-    assert "| gw = 1 | 0.9420 ± 0.0007 | 0.0016 | 0.9400 | 0.9410 | 0.9420 | 0.9430 | 0.9440 |" in said
-    assert "| 99.00 ± 0.00 | 2.75 ± 0.00 | 100.0 ± 0.0 | 99.9 ± 0.0 | 99.0 ± 0.0 | 10 |" in said  # with gap and ESS
+    accuracy = "| SSVAE gw = 1 accuracy | 0.9420 ± 0.0007 |  |  | 0.934 | 0.0139 | +5.1 |"
+    assert f"{accuracy}  |  | 0.885 to 0.955 | 5 of 5 | 0.942 to 0.949 |" in said
+    each = "0.9400 | 0.9410 | 0.9420 | 0.9430 | 0.9440"
+    assert f"| gw = 1 | 0.9420 ± 0.0007 | 0.0016 | {each} |" in said
+    ess = "100.0 ± 0.0 | 99.9 ± 0.0 | 99.0 ± 0.0"
+    assert f"| 99.00 ± 0.00 | 2.75 ± 0.00 | {ess} | 10 |" in said  # after the gap
     assert "| GMVAE - VAE | +0.00 | +0.00 |" in said
     assert "| 1000 | 0.9410 ± 0.0006 (3) | 0.9410 ± 0.0006 (3) | 0.9640 ± 0.0056 | 0.9487 |" in said
-    assert (
-        "| 5 | 101.75 ± 0.00 | 99.00 ± 0.00 | 99.0 ± 0.0 | 6 ± 0 | 93.80 ± 0.00 | 3 |" in said
-    )  # 110 s in 20,000 steps
+    time = "6 ± 0"  # ms: 110 s in 20,000 steps
+    assert f"| 5 | 101.75 ± 0.00 | 99.00 ± 0.00 | 99.0 ± 0.0 | {time} | 93.80 ± 0.00 | 3 |" in said
     assert "| 10,000 | -590.5 ± 0.0 | -565.5 ± 0.0 | 20.0 ± 0.0 | -585.5 ± 0.0 | 2 |" in said
     known = json.loads((tmp_path / "figures.json").read_text())
-    assert known[reproduce.FSVAE.name(1)]["torch"] == "2.15" and all(run["cpu"] for run in known.values())
+    assert known[reproduce.FSVAE.name(1)]["torch"] == "2.15"
+    assert all(run["cpu"] for run in known.values())
     for name in reproduce.TABLES:
         lines = reproduce.table(name, known)
         assert len({line.count("|") for line in lines}) == 1, name  # as many cells in each row
@@ -196,11 +231,14 @@ def test_every_table_can_be_made(reproduce, tmp_path, capsys):
 
 def test_a_column_of_fewer_runs_says_of_how_many(reproduce, tmp_path, capsys):
     for seed in range(3):
-        more = {"figures_all": {"niwae_5000": 93.8}, "figures_2018": FIGURES} if seed < 2 else {}
+        more = {}
+        if seed < 2:
+            more = {"figures_all": {"niwae_5000": 93.8}, "figures_2018": FIGURES}
         log(reproduce, reproduce.VAE, seed, tmp_path, **more)
     assert reproduce.main(["--only", "train_iw", "sheet", "--collect"]) == 0
     said = capsys.readouterr().out
-    assert "| 93.80 ± 0.00 (2) | 3 of 10 |" in said and "| VAE KL | 19.25 ± 0.00 | 19.25 ± 0.00 (2) |  |" in said
+    assert "| 93.80 ± 0.00 (2) | 3 of 10 |" in said
+    assert "| VAE KL | 19.25 ± 0.00 | 19.25 ± 0.00 (2) |  |" in said
 
 
 def test_times_of_two_kinds_of_cpu_are_not_averaged(reproduce):
@@ -228,26 +266,32 @@ def test_pictures_come_from_the_runs_that_count(reproduce, tmp_path, monkeypatch
     assert set(drawn) == {"vae-samples.png", "fsvae-2000.png", "beta.png"}
     before = (tmp_path / "docs" / "beta.png").read_bytes()
     log(reproduce, reproduce.BETA[8], 0, tmp_path, step=500)  # which does not count
-    image.imsave(tmp_path / "logs" / reproduce.VAE.name(0) / "samples.png", np.zeros((560, 1120, 3)))
-    assert reproduce.main(["--pictures"]) == 0 and (tmp_path / "docs" / "beta.png").read_bytes() == before
+    samples = tmp_path / "logs" / reproduce.VAE.name(0) / "samples.png"
+    image.imsave(samples, np.zeros((560, 1120, 3)))
+    assert reproduce.main(["--pictures"]) == 0
+    assert (tmp_path / "docs" / "beta.png").read_bytes() == before
     assert np.array_equal((255 * drawn["fsvae-2000.png"][..., :3]).round(), large)
     assert drawn["beta.png"].shape[:2] == (5 * 120, 1120)
 
 
 def test_figures_of_runs_elsewhere_stay(reproduce, tmp_path):
-    (tmp_path / "figures.json").write_text('{"model=vae_z=10_run=0003": {"figures": {"nelbo": 1}, "cpu": "A"}}')
+    elsewhere = {"figures": {"nelbo": 1}, "cpu": "A"}
+    (tmp_path / "figures.json").write_text(json.dumps({reproduce.VAE.name(3): elsewhere}))
     log(reproduce, reproduce.VAE, 0, tmp_path)
     assert reproduce.main(["--only", "vae", "--collect"]) == 0
     known = json.loads((tmp_path / "figures.json").read_text())
-    assert (
-        sorted(known) == [reproduce.VAE.name(0), reproduce.VAE.name(3)] and known[reproduce.VAE.name(3)]["cpu"] == "A"
-    )
+    assert sorted(known) == [reproduce.VAE.name(0), reproduce.VAE.name(3)]
+    assert known[reproduce.VAE.name(3)] == elsewhere
 
 
 @pytest.mark.parametrize("nelbo, kept", [(101.75, True), (101.5, False)])
-def test_what_is_stored_of_the_same_weights_stays_though_logs_has_less_of_it(nelbo, kept, reproduce, tmp_path, capsys):
-    name, whole = reproduce.VAE.name(0), {"nelbo": 99.5, "niwae_5000": 95.5}
-    folder = log(reproduce, reproduce.VAE, 0, tmp_path, figures_all=whole, **{"figures_torch-0.4": FIGURES})
+def test_what_is_stored_of_the_same_weights_stays_though_logs_has_less_of_it(
+    nelbo, kept, reproduce, tmp_path, capsys
+):
+    name = reproduce.VAE.name(0)
+    whole = {"nelbo": 99.5, "niwae_5000": 95.5}
+    more = {"figures_all": whole, "figures_torch-0.4": FIGURES}
+    folder = log(reproduce, reproduce.VAE, 0, tmp_path, **more)
     assert reproduce.main(["--collect"]) == 0
     stored = json.loads((tmp_path / "figures.json").read_text())
     stored[name]["cpu"] = "A"
@@ -272,7 +316,8 @@ def test_check_passes_after_write_and_names_a_changed_digit(reproduce, tmp_path,
     assert reproduce.main(["--collect", "--write"]) == 0 and reproduce.main(["--check"]) == 0
     page = tmp_path / "README.md"
     text = page.read_text()
-    assert text.startswith("# Title\n\n<!-- table vae -->\n| seed |") and text.endswith("|\n<!-- end -->\nlast line\n")
+    assert text.startswith("# Title\n\n<!-- table vae -->\n| seed |")
+    assert text.endswith("|\n<!-- end -->\nlast line\n")
     page.write_text(text.replace("| 0 | 101.75 |", "| 0 | 101.76 |"))
     capsys.readouterr()
     assert reproduce.main(["--check"]) == 1
@@ -281,7 +326,8 @@ def test_check_passes_after_write_and_names_a_changed_digit(reproduce, tmp_path,
     assert said.endswith("1 difference\n")
     assert reproduce.main(["--check", "--only", "beta"]) == 0  # which stands in no page
     page.write_text(text.replace("<!-- end -->", "| 1 | 2 |\n<!-- end -->"))
-    assert reproduce.main(["--check"]) == 1 and "is | 1 | 2 |, would be nothing" in capsys.readouterr().out
+    assert reproduce.main(["--check"]) == 1
+    assert "is | 1 | 2 |, would be nothing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -289,7 +335,10 @@ def test_check_passes_after_write_and_names_a_changed_digit(reproduce, tmp_path,
     [
         ("<!-- table vea -->\n<!-- end -->\n", "writeup.md:1: there is no table vea"),
         ("\n<!-- table vae -->\n| 1 |\n", "writeup.md:2: table vae has no <!-- end -->"),
-        ("<!-- table vae -->\n<!-- table beta -->\n<!-- end -->\n", "writeup.md:1: table vae has no <!-- end -->"),
+        (
+            "<!-- table vae -->\n<!-- table beta -->\n<!-- end -->\n",
+            "writeup.md:1: table vae has no <!-- end -->",
+        ),
     ],
 )
 def test_wrong_markers_get_one_line_and_change_nothing(page, message, reproduce, tmp_path, capsys):
@@ -297,8 +346,10 @@ def test_wrong_markers_get_one_line_and_change_nothing(page, message, reproduce,
     for flag in ("--write", "--check"):
         with pytest.raises(SystemExit) as stopped:
             reproduce.main([flag])
-        assert stopped.value.code == 2 and capsys.readouterr().err == f"reproduce.py: error: {message}\n"
-    assert (tmp_path / "writeup.md").read_text() == page and "old" in (tmp_path / "README.md").read_text()
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err == f"reproduce.py: error: {message}\n"
+    assert (tmp_path / "writeup.md").read_text() == page
+    assert "old" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -316,7 +367,9 @@ def test_wrong_markers_get_one_line_and_change_nothing(page, message, reproduce,
     ],
     ids=str,
 )
-def test_bad_input_gets_one_line_and_changes_nothing(words, stored, reproduce, tmp_path, monkeypatch, capsys):
+def test_bad_input_gets_one_line_and_changes_nothing(
+    words, stored, reproduce, tmp_path, monkeypatch, capsys
+):
     pretend(reproduce, monkeypatch)
     if stored:
         (tmp_path / "figures.json").write_text(stored)
@@ -324,7 +377,9 @@ def test_bad_input_gets_one_line_and_changes_nothing(words, stored, reproduce, t
     before = tree(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         reproduce.main(words)
-    assert stopped.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1 and tree(tmp_path) == before
+    assert stopped.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert tree(tmp_path) == before
 
 
 def test_figures_of_a_wrong_shape_do_not_count(reproduce, tmp_path):
@@ -332,22 +387,46 @@ def test_figures_of_a_wrong_shape_do_not_count(reproduce, tmp_path):
     assert reproduce.collect({(reproduce.VAE, 0): []}) == {}
 
 
+CHILD = """
+import pathlib, signal, sys, time
+
+def end(number, frame):
+    pathlib.Path(sys.argv[1]).touch()
+    sys.exit()
+
+signal.signal(signal.SIGTERM, end)
+pathlib.Path(sys.argv[1] + "began").touch()
+time.sleep(60)
+"""
+PARENT = """
+import pathlib, sys
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, sys.argv[1])
+import reproduce
+
+def command(series, seed, *_):
+    return [sys.executable, "child.py", str(seed)]
+
+reproduce.FIGURES = pathlib.Path("figures.json")
+reproduce.command = command
+sys.exit(reproduce.main(["--only", "vae", "--jobs", "2"]))
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_all_runs_and_says_how_to_go_on(number, tmp_path):
-    child = (
-        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(open(sys.argv[1], 'w').close()));"
+    (tmp_path / "child.py").write_text(CHILD)
+    (tmp_path / "parent.py").write_text(PARENT)
+    words = [sys.executable, "parent.py", str(ROOT / "docs")]
+    process = subprocess.Popen(
+        words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    child += "open(sys.argv[1] + 'began', 'w').close(); time.sleep(60)"
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'docs')!r}); import reproduce, pathlib\n"
-    code += "reproduce.FIGURES = pathlib.Path('figures.json')\n"
-    code += f"reproduce.command = lambda series, seed, *_: [sys.executable, '-c', {child!r}, str(seed)]\n"
-    code += "sys.exit(reproduce.main(['--only', 'vae', '--jobs', '2']))"
-    words = [sys.executable, "-c", code]
-    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for seed in (0, 1):
         wait_for(tmp_path / f"{seed}began", process)
     time.sleep(0.1)
     process.send_signal(number)
     said, error = process.communicate(timeout=60)
     assert process.returncode == 130 and error == STOPPED, said + error
-    assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "0began", "1began", "logs"}
+    made = {path.name for path in tmp_path.iterdir()} - {"child.py", "parent.py"}
+    assert made == {"0", "1", "0began", "1began", "logs"}

@@ -6,7 +6,7 @@ from codebase import utils
 from codebase.models import nns
 
 
-class FSVAE(nns.LatentModel):
+class FSVAE(nns.NormalPriorModel):
     """p(z) p(x | z, y) with Gaussian pixels of variance 1/10 and q(z | x, y) a diagonal Gaussian.
 
     Images x are (batch, 3072), channel-major, with values in [0, 1]; labels y one-hot (batch, 10).
@@ -22,10 +22,11 @@ class FSVAE(nns.LatentModel):
         self.dec = nns.Decoder(self.z_dim, self.y_dim, x_dim=3072, hidden=500)
 
     def negative_elbo_bound(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-ELBO of log p(x | y) = KL(q(z | x, y) || p(z)) - E_q log N(x; dec(z, y), 1/10 I), one sample of z per image.
+        """-ELBO(x | y) = KL(q(z | x, y) || p(z)) - E_q log N(x; dec(z, y), 1/10 I).
 
-        Returns nelbo, kl_z, rec: scalars in nats, averaged over the batch, nelbo = kl_z + rec. rec carries the
-        normalising constant 3072/2 log(2 pi / 10) and so may be negative.
+        One sample of z is drawn per image. Returns nelbo, kl_z, rec: scalars in nats, averaged
+        over the batch, with nelbo = kl_z + rec. rec carries the normalising constant
+        3072/2 log(2 pi / 10) and so may be negative.
         Raises ValueError unless y are one-hot labels, (batch, 10).
         """
         nns.check_labels(x, y)
@@ -45,5 +46,11 @@ class FSVAE(nns.LatentModel):
         return self.dec(z, y)
 
     def reconstruct(self, x: Tensor, y: Tensor, new_y: Tensor | None = None) -> Tensor:
-        """Decode the posterior mean of z given x, y; with new_y, the style of x on another label. (batch, 3072)."""
-        return self.compute_mean_given(self.enc(x, y)[0], y if new_y is None else new_y)
+        """Decode the posterior mean of z given x, y: (batch, 3072).
+
+        With new_y, draw the style of x on another label.
+        """
+        z = self.enc(x, y)[0]
+        if new_y is None:
+            return self.compute_mean_given(z, y)
+        return self.compute_mean_given(z, new_y)

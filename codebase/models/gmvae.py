@@ -10,7 +10,10 @@ from codebase.models.vae import BinaryVAE
 
 
 class GMVAE(BinaryVAE):
-    """p(z) = (1/k) sum_i N(z; mu_i, diag v_i), learned; its KL has no closed form and is sampled."""
+    """A BinaryVAE with a learned prior p(z) = (1/k) sum_i N(z; mu_i, diag v_i).
+
+    Its KL has no closed form and is estimated at the sample of z.
+    """
 
     def __init__(
         self,
@@ -24,7 +27,6 @@ class GMVAE(BinaryVAE):
     ):
         """nn: the course's choice of networks, of which there is one; ignored."""
         super().__init__(z_dim, name, beta, train_iw)
-        del self.z_prior_m, self.z_prior_v  # the mixture stands in their place
         self.k = k
         self.z_pre = torch.nn.Parameter(torch.randn(1, 2 * k, z_dim) / math.sqrt(k * z_dim))
         self.register_buffer("pi", torch.ones(k) / k)

@@ -1,14 +1,14 @@
-"""Files that must survive: where a run's files lie, atomic writing, and what can go wrong."""
+"""Where the files of a run lie, how they are written, and what can go wrong with a run."""
 
+import contextlib
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
 class UsageError(Exception):
-    """What was asked for cannot be done as asked; the message says why and what to do. Exit code 2."""
+    """What was asked for cannot be done; the message says why and what to do. Exit code 2."""
 
 
 class Missing(UsageError, FileNotFoundError):
@@ -16,15 +16,23 @@ class Missing(UsageError, FileNotFoundError):
 
 
 class RunError(Exception):
-    """Something broke while running: a loss that is not finite, another process that died. Exit code 1."""
+    """Something broke during a run, as a loss that is not finite. Exit code 1."""
 
 
-class Parted(RunError):
+class FailedElsewhere(RunError):
+    """Another process of the run failed, and says why."""
+
+
+class ProcessLost(RunError):
     """Another process of the run is gone; the last state is there to resume from."""
 
 
 class Stopped(Exception):
-    """A signal, of number args[1], ended training after its state was saved. Exit code 128 + that number."""
+    """A signal ended training, and its state is saved. Exit code 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal_number = signal_number
 
 
 def require(condition: bool, message: str) -> None:
@@ -33,39 +41,51 @@ def require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def model_path(name: str, step: int) -> Path:
-    return Path("checkpoints", name, f"model-{step:05d}.pt")
-
-
-def state_path(name: str) -> Path:
-    return Path("checkpoints", name, "state.pt")
+def checkpoint_dir(name: str) -> Path:
+    return Path("checkpoints", name)
 
 
 def log_dir(name: str) -> Path:
     return Path("logs", name)
 
 
+def model_path(name: str, step: int) -> Path:
+    return checkpoint_dir(name) / f"model-{step:05d}.pt"
+
+
+def state_path(name: str) -> Path:
+    return checkpoint_dir(name) / "state.pt"
+
+
 def stored_steps(name: str) -> list[int]:
     """The steps of the run's checkpoints, ascending."""
-    steps = (path.stem.removeprefix("model-") for path in Path("checkpoints", name).glob("model-*.pt"))
+    paths = checkpoint_dir(name).glob("model-*.pt")
+    steps = [path.stem.removeprefix("model-") for path in paths]
     return sorted(int(step) for step in steps if step.isdecimal())
 
 
-def write(path: Path, content: bytes | str | dict[str, Any]) -> None:
-    """Write a file (a dictionary as JSON) beside its place, flush and rename it: old or new is there, and whole.
+def write(path: Path, content: bytes) -> None:
+    """Replace a file, so that after a crash the old content or the new one is there, and whole.
 
-    Raises ValueError, and writes nothing, where a dictionary holds NaN or infinity: JSON has neither.
+    The content is written to a file beside it, flushed to the disk, and renamed.
     """
-    if isinstance(content, dict):
-        content = json.dumps(content, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    finally:
-        with suppress(OSError):  # the error under way is the one to tell
-            beside.unlink(missing_ok=True)  # it is there where something failed
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = str(path)  # the file that the user knows
+        with contextlib.suppress(OSError):  # the error under way is the one to report
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a file by this dictionary as JSON. Raises ValueError where a number is not finite."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    write(path, f"{text}\n".encode())

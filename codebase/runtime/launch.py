@@ -1,179 +1,155 @@
-"""What surrounds the runs of a script: processes, data set, device, lock, signals, exit codes and series of runs."""
+"""What surrounds the runs of a script: series, data set, device, lock, signals, exit codes."""
 
 import contextlib
 import errno
 import os
-import shlex
+import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from codebase.runtime import download, files, options
+from codebase.runtime import files, options, signals
 from codebase.runtime.options import Run
-from codebase.runtime.signals import ENDING, handled_signals
 
-# Two OpenMP threads that wait for each other keep their cores busy for so many turns before they sleep. Where another
-# process wants the core, the turns are its time lost, and ours: the thread that is waited for may be the one put off.
-SPIN_COUNT = "10000"
-# What a file system without locks answers: NFS without lockd, some SMB shares.
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+# Threads of OpenMP that wait for each other keep their core busy for so many turns before they
+# sleep. libgomp's own number costs a step the time of ten where another program wants the core.
+SPIN_COUNT = "1000"
 
-
-def launch(kind: type[Run], one_run: Callable[..., dict[str, float]], description: str, argv: list[str] | None) -> int:
-    """Do the runs of that kind which a command line asks for, by one_run(run, group) each; return the exit code.
-
-    group: the processes of the run. one_run returns the run's figures; those of several runs are summarised. A failed
-    run does not take the others down, but a signal does, and of several processes any failure.
-    """
-    with usable_streams():
-        try:
-            with handled_signals(tuple(ENDING), lambda number, _: sys.exit(128 + number)):
-                return launch_runs(kind, one_run, description, argv)
-        except KeyboardInterrupt as error:  # before the first run, or after the last
-            return fail(error, lambda: True)
+# What a file system without locks answers, as NFS without lockd and some SMB shares.
+NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL]
 
 
-def launch_runs(
-    kind: type[Run], one_run: Callable[..., dict[str, float]], description: str, argv: list[str] | None
+def launch(
+    parse: Callable[[Sequence[str] | None], Run],
+    one_run: Callable[..., dict[str, float]],
+    argv: Sequence[str] | None,
 ) -> int:
-    values = options.parse(kind, description, argv)
-    wait_briefly()
-    resume = how_to_resume(kind, values, argv)
-    memory = how_to_need_less_memory(values)
-    code, first, count, series = 0, values["run"], values.pop("runs"), {}
-    options.content.cache_clear()
-    try:
-        from codebase.runtime import device, processes, report  # only here: a bad command line is answered before torch
+    """Do the runs that a command line asks for; return the exit code.
 
-        device.keep_freed_memory()
-        with device.no_denormals(), processes.join(values["device"]) as group:
-            for number in range(first, first + count):
-                seed = number if values["seed"] is None else values["seed"] + number - first
-                try:
-                    run = resolve(kind, values | {"run": number, "seed": seed}, group)
-                    with contextlib.ExitStack() as stack:
-                        group.first(lambda stack=stack, run=run: stack.enter_context(hold(run.name)))
-                        figures = one_run(run, group)
-                    series.setdefault(run.series, (run, {}))[1][number] = figures  # by data set, which auto may change
-                except BaseException as error:
-                    code = max(code, fail(error, group.first_to_fail, resume, memory))
-                    if code > 128 or group.size > 1:
-                        return code
-            for run, figures in series.values() if count > 1 and group.main else ():
-                report.summarise(run, figures)
-    except BaseException as error:  # outside of any run: no such device, a signal, a summary that cannot be stored
-        of_all = isinstance(error, (files.UsageError, SystemExit))  # every process sees that there is no such device
-        code = max(code, fail(error, lambda: not of_all or os.environ.get("RANK", "0") == "0", resume, memory))
+    parse(argv) makes the first run of it, or ends the program; one_run(run, processes) does one
+    and returns its metrics. The metrics of several runs are summarised. A failed run does not take
+    the others down, but a signal does, and of several processes any failure.
+    """
+    with usable_streams(), signals.handled(signals.END, end_program):
+        first = None
+        try:
+            first = parse(argv)
+            if "OMP_WAIT_POLICY" not in os.environ:
+                os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+            options.read_once.cache_clear()
+            return do_runs(first, one_run)
+        except BaseException as error:  # outside of any run: no such device, a signal
+            if first is None and isinstance(error, SystemExit):
+                raise  # the parser has spoken
+            of_all = isinstance(error, files.UsageError | SystemExit)  # every process has it
+            speak = not of_all or options.speaks_for_all()
+            if not speak and isinstance(error, files.UsageError):
+                time.sleep(5)  # torchrun ends the first process where another one ends before it
+            return explain(error, first, speak)
+
+
+def do_runs(first: Run, one_run: Callable[..., dict[str, float]]) -> int:
+    """Do the runs, one after the other, and summarise them; return the exit code."""
+    # Imported here, so that a command line is checked before torch is loaded. A signal waits till
+    # then: inside an import it may be swallowed, or be taken for a module that is missing.
+    caught = []
+    handled = signals.handled([signals.INTERRUPT, *signals.END], lambda n, frame: caught.append(n))
+    with handled:
+        from codebase.runtime import log, parallel
+    if caught:
+        end_program(caught[0], None)
+
+    code = 0
+    runs = {}
+    metrics = defaultdict(dict)
+    with parallel.join(first.device) as processes, own_torch_settings(processes.device):
+        for number in range(first.run, first.run + first.runs):
+            run = first.numbered(number)
+            try:
+                run = settle(run, processes)
+                with lock(run.name, processes):
+                    found = one_run(run, processes)
+                # The data set is part of a series' name, and auto may change it in between.
+                runs[run.series] = run
+                metrics[run.series][number] = found
+            except BaseException as error:
+                code = max(code, explain(error, run, processes.speaks_of_failure(error)))
+                if code > 128 or processes.size > 1:
+                    return code
+        if first.runs > 1 and processes.main:
+            for series, run in runs.items():
+                log.summarise(run, metrics[series])
     return code
 
 
-@contextlib.contextmanager
-def usable_streams() -> Iterator[None]:
-    """Inside, what is printed goes somewhere, and no file name is unprintable.
+def settle(run: Run, processes) -> Run:
+    """The run with the data set and the device that there are."""
+    from codebase.runtime import download
 
-    A program without a console, pythonw, has neither stream; a stream may have been closed.
-    """
-    with contextlib.ExitStack() as stack:
-        for name in ("stdout", "stderr"):
-            stream = getattr(sys, name)
-            if stream is None or getattr(stream, "closed", False):
-                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))
-                setattr(sys, name, nowhere)
-                stack.callback(setattr, sys, name, stream)
-            elif hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")
-        yield
+    enough = f"takes at least one image per process, {processes.size}, not {run.batch_size}"
+    files.require(run.batch_size >= processes.size, f"argument --batch_size: {enough}")
+    data = processes.first(lambda: download.settle_data(run))
+    return run.changed(data=data, device=processes.device)
 
 
-def wait_briefly() -> None:
-    """Have OpenMP's threads spin less, unless the user has decided; it is read when torch is loaded."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-
-
-def how_to_resume(kind: type[Run], values: dict[str, Any], argv: list[str] | None) -> str:
-    """What to type to resume a run that was stopped. With --overwrite the same command would start over."""
-    if not values["overwrite"]:
-        return "the same command resumes from there"
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        return "the same command without --overwrite resumes from there"
-    script, words = sys.argv[0], sys.argv[1:]
-    if argv is not None and argv != words:  # called from a notebook or another program
-        script, words = f"run_{kind.model}.py", argv
-    kept = [word for word in words if not word.startswith("--overwrite=")]
-    while "--overwrite" in kept:
-        at = kept.index("--overwrite")
-        del kept[at : at + 2]
-    return f"to resume: {shlex.join(['python', script, *kept])}"
-
-
-def how_to_need_less_memory(values: dict[str, Any]) -> str:
-    """Which flags of a command line make its run need less memory. The number of --iw's samples is none of them."""
-    sizes = [f"--{name}" for name in ("k", "z") if name in values]
-    if values["train"]:
-        sizes.insert(0, "--batch_size")
-        return f"use a smaller {' or '.join(sizes)}"
-    smaller = f"train a model with a smaller {' or '.join(sizes)}, " if sizes else ""
-    return f"{smaller}end other programs, or choose another --device"
-
-
-def resolve(kind: type[Run], values: dict[str, Any], group) -> Run:
-    """The Run of these flags, its data set and device being those that there are."""
-    from codebase.runtime.device import resolve_device
-
-    device = resolve_device(values["device"])
-    enough = f"takes at least one image per process, {group.size}, not {values['batch_size']}"
-    files.require(values["batch_size"] >= group.size, f"argument --batch_size: {enough}")
-    asked = kind(**values)
-    real, digits = (asked if asked.own_images else replace(asked, data=data) for data in (kind.real_data, "digits"))
-    data = group.first(lambda: download.resolve_data(values["data"], real, digits))
-    return replace(real, data=data, device=device)
+# ---------------------------------------------------------------------------------------------
+# One process a run
+#
+# The lock belongs to the process, not to the file: who dies holds nothing, and a file .lock that
+# was left over blocks nobody. Who holds it may remove what killed processes left half-written.
 
 
 @contextlib.contextmanager
-def hold(name: str) -> Iterator[None]:
-    """Be the only process that works on the run, and sweep up what killed ones left half-written.
-
-    Raises UsageError with the other's process id. The dead hold nothing.
-    """
-    import filelock  # only here: a bad command line is answered before it is loaded
+def lock(name: str, processes) -> Iterator[None]:
+    """Be the only process, or the only ones, that work on a run; raise UsageError if not."""
+    import filelock
 
     folder = files.log_dir(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    owner, path = folder / ".owner", folder / ".lock"
-    lock = filelock.FileLock(path)
+    file_lock = filelock.FileLock(folder / ".lock")
+    processes.first(lambda: acquire(file_lock, name))
     try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        if not refuses_locks(path):
-            pid = owner.read_text().strip() if owner.exists() else "unknown"
-            used = f"{name} is in use by process {pid}: wait for it, or choose another --run"
-            raise files.UsageError(used) from None
-        warn_of_no_lock(path)
+        yield
+    finally:
+        if processes.main:
+            release(file_lock, folder)
+
+
+def acquire(file_lock, name: str) -> None:
+    """Take the lock and remove what killed processes left half-written."""
+    import filelock
+
+    path = Path(file_lock.lock_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    no_locks = f"warning: {path} cannot be locked here: let no other process work on this run"
+    try:
+        file_lock.acquire(timeout=0)
     except NotImplementedError:
-        warn_of_no_lock(path)
+        print(no_locks)
+    except filelock.Timeout:
+        if not has_no_locks(path):
+            message = f"{name} is in use by another process: wait for it, or choose another --run"
+            raise files.UsageError(message) from None
+        print(no_locks)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             with contextlib.suppress(OSError):  # where it was made just now
-                folder.rmdir()
+                path.parent.rmdir()
             cure = "delete that file, or make its folder one that you can write to"
-            raise files.UsageError(f"{path} cannot be locked ({error.strerror or error}): {cure}") from error
-        warn_of_no_lock(path)
-    try:
-        files.write(owner, f"{os.getpid()}\n")
-        for left_over in [*folder.glob(".*.tmp"), *files.state_path(name).parent.glob(".*.tmp")]:
+            message = f"{path} cannot be locked ({error.strerror or error}): {cure}"
+            raise files.UsageError(message) from error
+        print(no_locks)
+    for folder in [path.parent, files.checkpoint_dir(name)]:
+        for left_over in folder.glob(".*.tmp"):
             with contextlib.suppress(OSError):
                 left_over.unlink()
-        yield
-    finally:
-        let_go(folder, lock)
 
 
-def refuses_locks(path: Path) -> bool:
-    """Whether the file system of that file has no locks, which not every version of filelock tells apart from busy."""
+def has_no_locks(path: Path) -> bool:
+    """Whether a file system has no locks: some versions of filelock take that for a busy lock."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -186,64 +162,141 @@ def refuses_locks(path: Path) -> bool:
     return False
 
 
-def warn_of_no_lock(path: Path) -> None:
-    print(f"warning: {path} cannot be locked here: see to it that no other process works on this run", flush=True)
+def release(file_lock, folder: Path) -> None:
+    """Give the lock back, and remove the folder of a run that stored nothing in it.
 
-
-def let_go(folder: Path, lock: Any) -> None:
-    """Give the lock back, and leave nothing of a run that stored nothing. What fails here hides no other error.
-
-    Windows deletes no file that is open, so the lock file goes after the lock there; elsewhere before it, while nobody
-    else can have it.
+    What fails here hides no error that is under way. Windows removes no open file, so there the
+    lock file goes after the lock; elsewhere it goes before, while nobody else can have it.
     """
-    path = folder / ".lock"
-    with contextlib.suppress(OSError):
-        (folder / ".owner").unlink()
-    unused = [left.name for left in folder.glob("*")] in ([], [".lock"])
-    opened = False
-    if unused:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError:
-            opened = True
-    with contextlib.suppress(OSError):
-        lock.release()
-    if opened:
+    unused = all(path.name == ".lock" for path in folder.glob("*"))
+    if unused and os.name != "nt":
         with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+            (folder / ".lock").unlink()
+    with contextlib.suppress(OSError):
+        file_lock.release()
     if unused:
-        with contextlib.suppress(OSError):  # the last of them where there are other runs
+        with contextlib.suppress(OSError):  # other runs are in the folder above
+            (folder / ".lock").unlink(missing_ok=True)
             folder.rmdir()
             folder.parent.rmdir()
 
 
-def fail(error: BaseException, speaks: Callable[[], bool], resume: str = "", memory: str = "") -> int:
-    """Say in one line why a run failed, below a traceback where that is a bug of ours; return the exit code.
+# ---------------------------------------------------------------------------------------------
+# Settings of the process that a run needs, put back after it
 
-    resume: how to resume the run; memory: how to make it need less.
+
+@contextlib.contextmanager
+def usable_streams() -> Iterator[None]:
+    """Inside, what is printed goes somewhere, and no name is unprintable.
+
+    A program without a console, as pythonw, has no streams; a stream may have been closed.
     """
-    line, code = f"error: {(str(error).strip() or type(error).__name__).splitlines()[0]}", 1
-    if isinstance(error, files.RunError) and not error.args:  # another process says why
+    with contextlib.ExitStack() as stack:
+        for name in ["stdout", "stderr"]:
+            stream = getattr(sys, name)
+            if stream is None or getattr(stream, "closed", False):
+                nowhere = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
+                stack.enter_context(nowhere)
+                stack.callback(setattr, sys, name, stream)
+                setattr(sys, name, nowhere)
+            elif hasattr(stream, "reconfigure"):
+                stack.callback(stream.reconfigure, errors=stream.errors)
+                stream.reconfigure(errors="backslashreplace")
+        yield
+
+
+def end_program(number: int, frame) -> None:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def own_torch_settings(device: str) -> Iterator[None]:
+    """Inside, torch computes without denormal numbers; a notebook's random numbers are kept.
+
+    Denormal numbers are those closer to 0 than 1.2e-38: some CPUs compute them many times slower,
+    and Adam's averages get there where a gradient has vanished, as of pixels that are black.
+    """
+    import torch
+
+    # glibc's malloc then keeps what is freed, instead of fetching it anew page by page: a freed
+    # block just below 32 MB raises its limits to that size (mallopt(3), M_MMAP_THRESHOLD).
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+    flushed = bool(torch.tensor(1e-30) * 1e-10 == 0)
+    devices = [torch.cuda.current_device()] if device == "cuda" else []
+    torch.set_flush_denormal(True)
+    try:
+        with torch.random.fork_rng(devices), warnings.catch_warnings():
+            # numpy before 2.4 warns of the setting.
+            warnings.filterwarnings("ignore", "The value of the smallest subnormal")
+            yield
+    finally:
+        torch.set_flush_denormal(flushed)
+
+
+# ---------------------------------------------------------------------------------------------
+# Failures
+
+
+def explain(error: BaseException, run: Run | None, speak: bool) -> int:
+    """Say in one line why a run failed, below a traceback where that is a bug; return the code."""
+    message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = f"error: {message}"
+    code = 1
+    if isinstance(error, files.FailedElsewhere):
         return code
-    speak = speaks()
     if isinstance(error, files.Stopped):
-        line, code = f"{error.args[0]}; {resume}", 128 + error.args[1]
+        line = f"{message}; {how_to_resume(run)}"
+        code = 128 + error.signal_number
     elif isinstance(error, KeyboardInterrupt):
-        line, code = "interrupted", 130
+        line = "interrupted"
+        code = 130
     elif isinstance(error, SystemExit):
-        line, code = "terminated", error.code
+        line = "terminated"
+        code = error.code
     elif isinstance(error, files.UsageError):
         code = 2
     elif isinstance(error, MemoryError) or "out of memory" in line or "allocate memory" in line:
-        line += f": out of memory, {memory}"
-    elif isinstance(error, files.Parted):
-        line += f"; its last state is stored: {resume}"
+        line += f": out of memory; {how_to_need_less_memory(run)}"
+    elif isinstance(error, files.ProcessLost):
+        line += f"; its last state is stored: {how_to_resume(run)}"
     elif isinstance(error, OSError):
-        line = f"error: {error.strerror or error}: {error.filename or 'while writing'}; checkpoints are intact"
+        where = error.filename or "while writing"
+        line = f"error: {error.strerror or message}: {where}; checkpoints are intact"
     elif not isinstance(error, files.RunError) and speak:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a closed terminal takes no words
             traceback.print_exception(error)
     if speak:
-        with contextlib.suppress(OSError):  # a closed terminal takes no words
+        with contextlib.suppress(OSError):
             print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
     return code
+
+
+def how_to_resume(run: Run) -> str:
+    """What to type to resume a run that was stopped: with --overwrite 1 it would start over."""
+    if not run.overwrite:
+        return "the same command resumes from there"
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return "the same command without --overwrite resumes from there"
+    if run.runs == 1:
+        return f"to resume: {run.command(without=['--overwrite'])}"
+    # Of a series, the runs to come have not been overwritten yet.
+    rest = run.numbered(run.run + 1)
+    series = ["--overwrite", "--run", "--runs", "--seed"]
+    this_run = run.command(series, run=run.run, seed=run.seed)
+    others = run.command(series, run=rest.run, runs=rest.runs, seed=rest.seed, overwrite=1)
+    return f"to resume: {this_run}; then the rest of the series: {others}"
+
+
+def how_to_need_less_memory(run: Run | None) -> str:
+    """Which flags make a run need less memory; the number of --iw's samples is none of them."""
+    if run is None:
+        return "end other programs"
+    sizes = [f"--{flag}" for flag in ["batch_size", "k", "z"] if hasattr(run, flag)]
+    if run.train:
+        return f"use a smaller {' or '.join(sizes)}"
+    smaller = ""
+    if sizes[1:]:
+        smaller = f"train a model with a smaller {' or '.join(sizes[1:])}, "
+    return f"{smaller}end other programs, or choose another --device"

@@ -1,91 +1,47 @@
-"""From flags to a frozen Run. Standard library only: --help and a bad command line are answered before torch loads."""
+"""From a command line to a frozen Run.
+
+Standard library only, so that --help and a wrong command line are answered before torch is loaded.
+"""
 
 import argparse
 import functools
 import hashlib
 import os
 import re
+import shlex
+import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import FrozenInstanceError
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 from codebase.runtime.files import UsageError, require
 
-PLAIN = re.compile(r"-?[0-9.]+(e[+-]?[0-9]+)?", re.IGNORECASE)  # of what int and float read
+# What fixes the weights of every run: it is stored in config.json and checked when a run resumes.
+# A script adds its own flags to this list.
+FIX_WEIGHTS = ["batch_size", "seed", "lr"]
 
 
-def number(kind: type, low: int, high: int) -> Callable[[str], int | float]:
-    """A check for numbers of a kind, int or float, from low to high."""
+class Run(SimpleNamespace):
+    """The flags of one run by name, and what follows from them.
 
-    def check(text: str) -> int | float:
-        with suppress(ValueError):
-            if PLAIN.fullmatch(text) and low <= kind(text) <= high:
-                return kind(text)
-        what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"takes {what} from {low} to {high}, not {text[:40]!r}")
-
-    return check
-
-
-def folder(text: str) -> str:
-    """A check for a folder, or a name for a new one in a folder that is there; nothing is made yet."""
-    path = Path(text)
-    there, name = os.path.exists(path), os.fsencode(path.name)
-    if not text or not os.path.isdir(path if there else path.parent) or len(name) > 255 or b"\0" in name:
-        wrong = "is a file" if there else "neither exists nor can be made"
-        raise argparse.ArgumentTypeError(f"takes a folder, and {text[:200]!r} {wrong}")
-    return text
-
-
-SWITCH = number(int, 0, 1)
-
-
-def flag(default: Any, check: Callable | list[str], text: str, *, weights: bool = False) -> Any:
-    """A field of a Run that is a flag: its default, its check or its choices, and its line in --help.
-
-    weights: whether it fixes the weights of a run, so that going on with another value is refused. A default that is
-    a tuple makes a flag that takes several values.
+    A script adds stem, the start of the run's name ("vae_z=10"); real_data, "mnist" or "svhn";
+    needs_labels; fix_weights, the flags that fix the weights; and words, the command line.
+    A run is never written to: `changed` makes another one.
     """
-    return field(default=default, metadata={"check": check, "text": text, "weights": weights})
 
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise FrozenInstanceError(f"a run is never written to: use run.changed({name}=...)")
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One run, with data set, device and seed settled. A script adds its flags and stem(), the start of its name."""
+    def changed(self, **changes: Any) -> "Run":
+        return Run(**{**vars(self), **changes})
 
-    model: ClassVar[str]
-    real_data: ClassVar[str] = "mnist"
-    needs_labels: ClassVar[bool] = False
-    test: ClassVar[str] = "subset"  # the test images of the bounds
-
-    iter_max: int = flag(20_000, number(int, 1, 10**9), "training steps; with --train 0, the checkpoint to load")
-    iter_save: int = flag(10_000, number(int, 1, 10**9), "steps between checkpoints")
-    batch_size: int = flag(100, number(int, 1, 60_000), "images per step, over all processes together", weights=True)
-    run: int = flag(0, number(int, 0, 999_999), "number of the run, part of its name")
-    seed: int | None = flag(None, number(int, 0, 2**31), "seed of all randomness, or the run's number", weights=True)
-    train: int = flag(1, SWITCH, "1 trains (or goes on, or evaluates what is finished), 0 loads and evaluates")
-    overwrite: int = flag(0, SWITCH, "1 starts over and deletes what the run has stored")
-    lr: float = flag(0.001, number(float, 1e-9, 10), "learning rate of Adam", weights=True)
-    device: str = flag("auto", ["auto", "cpu", "cuda", "gpu", "mps"], "where to compute")
-    compile: str = flag("auto", ["auto", "0", "1"], "1 compiles the training step; auto: where that pays")
-    data: str = flag("auto", str, "auto (the real data, or else drawn digits), mnist, svhn, digits, or a .npz file")
-    data_dir: str = flag("data", folder, "folder of the data sets")
-    check_data: int = flag(1, SWITCH, "0 accepts data files that are not the published ones")
-
-    def __post_init__(self):
-        trains = "argument --overwrite: 1 trains anew and --train 0 does not train; give one of them"
-        require(self.train or not self.overwrite, trains)
-        file, known = Path(self.data), ("auto", self.real_data, "digits")
-        takes = f"argument --data: takes {', '.join(known)} or a file that ends in .npz, not {self.data[:40]!r}"
-        require(self.data in known or self.own_images, takes)
-        if self.own_images:
-            names = "gives the run its name: takes up to 100 bytes of letters, digits, - _ . and not digits.npz"
-            named = file.stem != "digits" and re.fullmatch(r"[\w.-]+", file.stem) and len(os.fsencode(file.stem)) <= 100
-            require(bool(named), f"argument --data: {file.name[:40]} {names}")
-            require(os.path.isfile(self.data), f"argument --data: there is no file {self.data[:100]}")
+    def numbered(self, number: int) -> "Run":
+        """The run of that number in a series that begins with this one; runs: how many are left."""
+        done = number - self.run
+        return self.changed(run=number, seed=self.seed + done, runs=self.runs - done)
 
     @property
     def own_images(self) -> bool:
@@ -94,14 +50,18 @@ class Run:
 
     @property
     def needs_files(self) -> bool:
-        """Whether the real data set must be there; the course's 100 test images come with the package."""
-        return bool(self.train) or self.real_data != "mnist" or self.test == "all"
+        """Whether the real data set must be there: 100 test images of MNIST come with the code."""
+        return self.train == 1 or self.real_data != "mnist" or self.test == "all"
 
     @property
     def series(self) -> str:
         """The run's name without its number."""
-        rate = f"_lr={self.lr:g}" if self.lr != 0.001 else ""
-        return f"model={self.stem()}{rate}" + ("" if self.data == self.real_data else f"_data={Path(self.data).stem}")
+        name = f"model={self.stem}"
+        if self.lr != 0.001:
+            name += f"_lr={self.lr:g}"
+        if self.data != self.real_data:
+            name += f"_data={Path(self.data).stem}"
+        return name
 
     @property
     def name(self) -> str:
@@ -109,75 +69,232 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """What fixes the weights, besides the number of steps."""
-        made = {item.name: getattr(self, item.name) for item in fields(self) if item.metadata["weights"]}
-        data = f"a file of SHA-256 {content(self.data)[1]}" if self.own_images else self.data
-        return {"model": self.model} | made | {"data": data}
+        settings = {"model": self.stem.partition("_")[0]}
+        for flag in self.fix_weights:
+            settings[flag] = getattr(self, flag)
+        settings["data"] = self.data
+        if self.own_images:
+            settings["data"] = f"a file of SHA-256 {read_once(self.data)[1]}"
+        return settings
+
+    def command(self, without: list[str], **flags: int) -> str:
+        """The command line, as it can be pasted, without some flags and with others in the end."""
+        words = list(self.words)
+        for position in range(len(words) - 1, 0, -1):
+            flag, equals, _ = words[position].partition("=")
+            if flag in without:
+                del words[position : position + (1 if equals else 2)]
+        for flag, value in flags.items():
+            words += [f"--{flag}", str(value)]
+        return shlex.join(["python", *words])
 
 
 @functools.lru_cache(1)
-def content(path: str) -> tuple[bytes, str]:
-    """The bytes of a file of images and their SHA-256, read once: those that were checked are those that are used."""
+def read_once(path: str) -> tuple[bytes, str]:
+    """The bytes of a file of images and their SHA-256: what was checked is what is used."""
     try:
-        stored = Path(path).read_bytes()
+        content = Path(path).read_bytes()
     except OSError as error:
         raise UsageError(f"argument --data: {path} cannot be read ({error.strerror})") from error
-    return stored, hashlib.sha256(stored).hexdigest()
+    return content, hashlib.sha256(content).hexdigest()
 
 
-@dataclass(frozen=True, kw_only=True)
-class BinaryRun(Run):
-    """The flags that VAE and GMVAE share."""
-
-    z: int = flag(10, number(int, 1, 10_000), "dimensions of the latent z", weights=True)
-    beta: float = flag(1.0, number(float, 0, 10**6), "weight of the KL term in the training loss", weights=True)
-    train_iw: int = flag(1, number(int, 1, 1000), "samples m of the bound L_m that is trained on", weights=True)
-    iw: tuple[int, ...] = flag((1, 10, 100, 1000), number(int, 1, 10**7), "samples m of --train 0's IWAE-m bounds")
-    test: str = flag(
-        "subset",
-        ["subset", "2018", "torch-0.4", "all"],
-        "test images of the bounds: the course's 100, by its present draw, its old one, or that of torch 0.4, or all",
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        both = "argument --train_iw: the bound L_m has no weight of the KL term; give --train_iw or --beta"
-        require(self.train_iw == 1 or self.beta == 1, both)
-
-    def weighted(self) -> str:
-        """What the training loss adds to the name."""
-        beta = f"_beta={self.beta:g}" if self.beta != 1 else ""
-        return beta + (f"_train_iw={self.train_iw}" if self.train_iw > 1 else "")
+def speaks_for_all() -> bool:
+    """Whether this process is the only one, or the first of those that torchrun started."""
+    torchrun = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    if not all(os.environ.get(variable, "").strip() for variable in torchrun):
+        return True
+    rank = os.environ["RANK"]
+    return not rank.isdecimal() or int(rank) == 0 or os.environ["WORLD_SIZE"] == "1"
 
 
-def parse(kind: type[Run], description: str, argv: list[str] | None) -> dict[str, Any]:
-    """Parse and check a command line for runs of that kind; a wrong one ends the program with one line, exit code 2."""
+# ---------------------------------------------------------------------------------------------
+# Checks of a flag's value
 
-    def error(message: str) -> None:
-        speak = os.environ.get("RANK", "0") == "0"  # one line, by one process; torchrun ends it when another one ends
-        time.sleep(0 if speak else 1)
-        parser.exit(2, f"{parser.prog}: error: {message} (see {parser.prog} --help)\n" if speak else None)
 
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.error = error
-    parser.epilog = "Writes checkpoints/ and logs/ here. Several processes: torchrun --nproc_per_node=2 -- %(prog)s"
-    common = {item.name for item in fields(Run)}
-    for item in sorted(fields(kind), key=lambda item: item.name in common):  # the script's own first
-        check, several = item.metadata["check"], isinstance(item.default, tuple)
-        words = {"choices": check} if isinstance(check, list) else {"type": check}
-        words |= {"nargs": "+"} if several else {}
-        shown = " ".join(map(str, item.default)) if several else item.default
-        text = item.metadata["text"] + (f" (default: {shown})" if shown is not None else "")
-        parser.add_argument(f"--{item.name}", default=item.default, help=text, **words)
-    text = "number of runs, from --run on, and a summary of them (default: 1)"
-    parser.add_argument("--runs", default=1, type=number(int, 1, 1_000), help=text)
-    values = vars(parser.parse_args(argv))
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    here = "this folder cannot be written to: checkpoints/ and logs/ are made here; change to another"
-    try:
-        require(os.access(os.getcwd(), os.W_OK), here)
-        kind(**{name: value for name, value in values.items() if name != "runs"})
-    except UsageError as contradiction:
-        parser.error(str(contradiction))
-    except OSError:  # the folder was removed
-        parser.error(here)
-    return values
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """A check for whole numbers from low to high."""
+
+    def check(text: str) -> int:
+        if re.fullmatch(r"-?[0-9]{1,40}", text) and low <= int(text) <= high:
+            return int(text)
+        message = f"takes a whole number from {low} to {high}, not {text[:40]!r}"
+        raise argparse.ArgumentTypeError(message)
+
+    return check
+
+
+def real(low: float, high: float) -> Callable[[str], float]:
+    """A check for numbers from low to high, as 0.001, 1e-3 or 1e+2."""
+
+    def check(text: str) -> float:
+        digits = r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
+        if re.fullmatch(digits, text) and low <= float(text) <= high:
+            return float(text)
+        raise argparse.ArgumentTypeError(f"takes a number from {low} to {high}, not {text[:40]!r}")
+
+    return check
+
+
+def folder(text: str) -> str:
+    """A check for a folder, or a name for a new one in a folder that is there; none is made yet."""
+    path = Path(text)
+    name = os.fsencode(path.name)
+    wrong = ""
+    if os.path.exists(path) and not os.path.isdir(path):
+        wrong = "is a file"
+    elif not text or b"\0" in name or len(name) > 255:
+        wrong = "neither exists nor can be made"
+    elif not os.path.isdir(path) and not os.path.isdir(path.parent):
+        wrong = "neither exists nor can be made"
+    if wrong:
+        raise argparse.ArgumentTypeError(f"takes a folder, and {text[:200]!r} {wrong}")
+    return text
+
+
+def check_data(run: Run) -> None:
+    """Raise UsageError unless --data names a data set of the model, or a file that can name one."""
+    known = ["auto", run.real_data, "digits"]
+    if not run.own_images:
+        takes = f"takes {', '.join(known)} or a file that ends in .npz, not {run.data[:40]!r}"
+        require(run.data in known, f"argument --data: {takes}")
+        return
+    stem = Path(run.data).stem
+    named = re.fullmatch(r"[\w.-]+", stem) and stem != "digits" and len(os.fsencode(stem)) <= 100
+    takes = "gives the run its name: takes up to 100 bytes of letters, digits, - _ . (not digits)"
+    require(bool(named), f"argument --data: {Path(run.data).name[:40]} {takes}")
+    require(os.path.isfile(run.data), f"argument --data: there is no file {run.data[:100]}")
+
+
+# ---------------------------------------------------------------------------------------------
+# The parser
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser with the flags that all scripts share; a script adds its own to a group.
+
+    real_data: the data set that auto stands for; iter_max: the default number of training steps.
+    """
+
+    def __init__(self, description: str, real_data: str = "mnist", iter_max: int = 20_000):
+        super().__init__(
+            description=description,
+            epilog="Writes to checkpoints/ and logs/ in this folder. "
+            "Several processes: torchrun --nproc_per_node=2 -- %(prog)s",
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        self.real_data = real_data
+        self.model = self.add_argument_group("model")
+        self.training = self.add_argument_group("training")
+        self.data = self.add_argument_group("data")
+        self.evaluation = self.add_argument_group("evaluation")
+
+        add = self.training.add_argument
+        text = "training steps; with --train 0, the checkpoint to load"
+        add("--iter_max", type=whole(1, 10**9), default=iter_max, help=text)
+        text = "1 trains, resumes, or evaluates a finished run; 0 loads and evaluates"
+        add("--train", type=whole(0, 1), default=1, help=text)
+        add("--run", type=whole(0, 999_999), default=0, help="number of the run, part of its name")
+        text = "number of runs, from --run on, and a summary of them"
+        add("--runs", type=whole(1, 1000), default=1, help=text)
+        text = "1 deletes what the run has stored and starts over"
+        add("--overwrite", type=whole(0, 1), default=0, help=text)
+        text = "seed of weights, order and noise; without it, the number of the run"
+        add("--seed", type=whole(0, 2**31), default=argparse.SUPPRESS, help=text)
+        text = "images per step, over all processes together"
+        add("--batch_size", type=whole(1, 60_000), default=100, help=text)
+        add("--lr", type=real(1e-9, 10), default=0.001, help="learning rate of Adam")
+        text = "steps between checkpoints"
+        add("--iter_save", type=whole(1, 10**9), default=10_000, help=text)
+        devices = ["auto", "cpu", "cuda", "gpu", "mps"]
+        add("--device", choices=devices, default="auto", help="where to compute")
+        text = "1 compiles the training step; auto does where that pays"
+        add("--compile", choices=["auto", "0", "1"], default="auto", help=text)
+
+        add = self.data.add_argument
+        text = (
+            f"auto ({real_data}, or else drawn digits), {real_data}, digits, or your own .npz file"
+        )
+        add("--data", default="auto", help=text)
+        add("--data_dir", type=folder, default="data", help="folder of the data sets")
+        text = "0 takes data files that are not the published ones"
+        add("--check_data", type=whole(0, 1), default=1, help=text)
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with one line; of several processes the first one speaks."""
+        if speaks_for_all():
+            self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        time.sleep(1)  # torchrun ends the first process, before it spoke, where another one ends
+        self.exit(2)
+
+    def parse_args(self, argv: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        """argparse's own, which keeps the words: a message may say what to type."""
+        self.words = sys.argv[1:] if argv is None else list(argv)
+        return super().parse_args(self.words, namespace)
+
+    def settle(
+        self,
+        args: argparse.Namespace,
+        stem: str,
+        fix_weights: list[str],
+        needs_labels: bool = False,
+    ) -> Run:
+        """Check flags that concern each other and make the run of them.
+
+        stem: the start of the run's name, "vae_z=10"; fix_weights: the script's flags that fix
+        the weights. A wrong command line ends the program with one line and exit code 2.
+        """
+        if args.train == 0 and args.overwrite == 1:
+            self.error("argument --overwrite: 1 trains anew and --train 0 does not; give one")
+        # Defaults that --help gives in words, and of flags that only VAE and GMVAE have.
+        flags = {"seed": args.run, "iw": [1, 10, 100, 1000], "test": "subset", **vars(args)}
+        run = Run(
+            **flags,
+            stem=stem,
+            real_data=self.real_data,
+            needs_labels=needs_labels,
+            fix_weights=FIX_WEIGHTS + fix_weights,
+            words=[sys.argv[0], *self.words],
+        )
+        here = "this folder cannot be written to: checkpoints/ and logs/ are made here"
+        try:
+            check_data(run)
+            require(os.access(os.getcwd(), os.W_OK), f"{here}; change to another")
+        except UsageError as error:
+            self.error(str(error))
+        except OSError:  # the folder was removed
+            self.error(f"{here}; change to another")
+        return run
+
+
+# ---------------------------------------------------------------------------------------------
+# What VAE and GMVAE share
+
+
+def add_vae_flags(parser: Parser) -> None:
+    """Add the flags of a VAE on binary images: z, its training loss, and how it is evaluated."""
+    add = parser.model.add_argument
+    add("--z", type=whole(1, 10_000), default=10, help="dimensions of the latent z")
+    text = "weight of the KL term in the training loss"
+    add("--beta", type=real(0, 1e6), default=1.0, help=text)
+    text = "samples m of the bound L_m that is trained on"
+    add("--train_iw", type=whole(1, 1000), default=1, help=text)
+
+    add = parser.evaluation.add_argument
+    text = "samples m of the IWAE-m bounds of --train 0 (default: 1 10 100 1000)"
+    add("--iw", type=whole(1, 100_000), nargs="+", default=argparse.SUPPRESS, help=text)
+    text = "test images of the bounds: all, or the course's 100, drawn as it draws them now "
+    text += "(subset), as it did until 2020 (2018), or as torch 0.4 did"
+    add("--test", choices=["subset", "2018", "torch-0.4", "all"], default="subset", help=text)
+
+
+def loss_name(parser: Parser, args: argparse.Namespace) -> str:
+    """What the training loss of a VAE adds to the name of a run."""
+    if args.beta != 1 and args.train_iw > 1:
+        parser.error("argument --train_iw: the bound L_m has no weight of the KL; give one of both")
+    if args.beta != 1:
+        return f"_beta={args.beta:g}"
+    if args.train_iw > 1:
+        return f"_train_iw={args.train_iw}"
+    return ""

@@ -22,7 +22,7 @@ def parse(argv: Sequence[str] | None = None) -> options.Run:
     stem = "fsvae"
     if args.split != "extra":
         stem += f"_split={args.split}"
-    return parser.settle(args, stem, fix_weights=["split"], needs_labels=True)
+    return parser.make_run(args, stem, fix_weights=["split"], needs_labels=True)
 
 
 def one_run(run: options.Run, processes) -> dict[str, float]:
@@ -36,9 +36,7 @@ def one_run(run: options.Run, processes) -> dict[str, float]:
 
     # Data: where there are no test images that were not trained on, training images stand in.
     has_test_set = data.has_test_set(run)
-    train_set = []
-    if run.train or not has_test_set:
-        train_set = data.load(run, "train")
+    train_set = data.load(run, "train") if run.train or not has_test_set else []
     test_set = data.load(run, "test") if has_test_set else train_set
 
     # Model

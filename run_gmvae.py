@@ -22,7 +22,7 @@ def parse(argv: Sequence[str] | None = None) -> options.Run:
     parser.model.add_argument("--k", type=components, default=500, help=text)
     args = parser.parse_args(argv)
     stem = f"gmvae_z={args.z:02d}_k={args.k:03d}{options.loss_name(parser, args)}"
-    return parser.settle(args, stem, fix_weights=["z", "k", "beta", "train_iw"])
+    return parser.make_run(args, stem, fix_weights=["z", "k", "beta", "train_iw"])
 
 
 def one_run(run: options.Run, processes) -> dict[str, float]:

@@ -34,7 +34,7 @@ def parse(argv: Sequence[str] | None = None) -> options.Run:
     stem = f"ssvae_gw={args.gw:03d}_cw={args.cw:03d}"
     if args.labels != 100:
         stem += f"_labels={args.labels}"
-    return parser.settle(args, stem, fix_weights=["gw", "cw", "labels"], needs_labels=True)
+    return parser.make_run(args, stem, fix_weights=["gw", "cw", "labels"], needs_labels=True)
 
 
 def one_run(run: options.Run, processes) -> dict[str, float]:
@@ -48,12 +48,9 @@ def one_run(run: options.Run, processes) -> dict[str, float]:
 
     # Data: a step takes all of 100 labelled images, or 100 of more.
     test_set = data.load(run, "test")
-    train_set = test_set
-    labelled = test_set
-    if run.train:
-        train_set = data.load(run, "train")
-        labelled = data.labelled_set(train_set, run.labels)
-    everyone = torch.arange(run.labels, device=run.device)
+    train_set = data.load(run, "train") if run.train else test_set
+    labelled = data.labelled_set(train_set, run.labels) if run.train else test_set
+    all_labelled = torch.arange(run.labels, device=run.device)
 
     # Model
     torch.manual_seed(run.seed)
@@ -61,7 +58,7 @@ def one_run(run: options.Run, processes) -> dict[str, float]:
 
     # Training
     def batch(index):
-        chosen = everyone
+        chosen = all_labelled
         if run.labels > 100:
             chosen = torch.randint(run.labels, (100,), device=run.device)
         return train_set.binary(index), labelled.binary(chosen), labelled.one_hot(chosen)
@@ -77,9 +74,7 @@ def one_run(run: options.Run, processes) -> dict[str, float]:
 
     # What is stored, drawn and printed
     if processes.main:
-        per_digit = confusion.diag() / confusion.sum(1).clamp(min=1)
-        tables = {"confusion": confusion.tolist(), "per_digit_accuracy": per_digit.tolist()}
-        log.store_results(run, metrics, len(test_set), tables=tables)
+        log.store_results(run, metrics, len(test_set), tables=evaluate.tables(confusion))
         log.print_files(run, plots.of_ssvae(model, confusion))
         evaluate.print_confusion(confusion)
         remark = log.remark_on(run, len(test_set))

@@ -19,7 +19,7 @@ def parse(argv: Sequence[str] | None = None) -> options.Run:
     options.add_vae_flags(parser)
     args = parser.parse_args(argv)
     stem = f"vae_z={args.z:02d}{options.loss_name(parser, args)}"
-    return parser.settle(args, stem, fix_weights=["z", "beta", "train_iw"])
+    return parser.make_run(args, stem, fix_weights=["z", "beta", "train_iw"])
 
 
 def one_run(run: options.Run, processes) -> dict[str, float]:

@@ -16,7 +16,7 @@ from codebase.runtime import log
 from codebase.runtime.files import RunError
 from codebase.runtime.parallel import Processes, seed_generator
 
-IMAGES = 100  # images whose log weights are computed at a time
+PIECE = 100  # images whose log weights are computed at a time
 SAMPLES = 100  # samples that NELBO, KL and Rec are averages over
 ROWS = 1000  # rows that go through a network at a time: few enough for a CPU's cache
 GPU_ROWS = 100_000
@@ -72,17 +72,17 @@ def bounds(
         raise ValueError(f"bounds takes pixels in [0, 1], not from {x.min():g} to {x.max():g}")
     if processes is None:
         processes = Processes(x.device.type)
-    pieces = x.split(IMAGES)
     names = ["nelbo", "kl", "rec"] + [f"niwae_{m}" for m in ms] + [f"ess_{m}" for m in ms]
     table = x.new_zeros(len(names), len(x))
-    samples = max(SAMPLES, *ms, 1)
+    samples = max([SAMPLES, *ms])
+    pieces = list(zip(x.split(PIECE), table.split(PIECE, 1), strict=True))
     own = range(processes.rank, len(pieces), processes.size)
     shown = progress and processes.main
     with eval_mode(model), log.progress_bar(0, len(own) * samples, shown, "samples") as bar:
         for number in own:
-            columns = table.split(IMAGES, 1)[number]
+            images, columns = pieces[number]
             piece_seed = seed + 10**9 * number  # far apart, for a chunk adds its first sample
-            columns.copy_(bounds_of_piece(model, pieces[number], ms, samples, piece_seed, bar))
+            columns.copy_(bounds_of_piece(model, images, ms, samples, piece_seed, bar))
     processes.add_up([table])
     if reduce:
         means = table.cpu().double().mean(1)  # mps has no float64
@@ -104,9 +104,9 @@ def bounds_of_piece(
         seed_generator(x.device.type, seed + start)
         z = utils.sample_gaussian(qm.expand(chunk, *qm.shape), qv)
         log_p_x, log_p_z, log_q_z = model.log_densities(x, qm, qv, z)  # (chunk, n)
-        put(log_w, start, log_p_x + log_p_z - log_q_z)
-        put(kl, start, model.kl(qm, qv, z).expand_as(log_p_x))
-        put(rec, start, -log_p_x)
+        copy_rows(log_w, start, log_p_x + log_p_z - log_q_z)
+        copy_rows(kl, start, model.kl(qm, qv, z).expand_as(log_p_x))
+        copy_rows(rec, start, -log_p_x)
         bar.update(min(chunk, samples - start))
 
     rows = [(kl + rec).mean(0), kl.mean(0), rec.mean(0)]
@@ -121,7 +121,7 @@ def bounds_of_piece(
     return torch.stack(rows)
 
 
-def put(table: Tensor, start: int, rows: Tensor) -> None:
+def copy_rows(table: Tensor, start: int, rows: Tensor) -> None:
     """Copy rows into a table from that row on, as many as it has room for."""
     room = max(0, min(len(rows), len(table) - start))
     table[start : start + room] = rows[:room]
@@ -192,6 +192,12 @@ def confusion_matrix(model: SSVAE, images: Images) -> Tensor:
 def accuracy(confusion: Tensor) -> float:
     """The share of a confusion matrix that lies on its diagonal."""
     return confusion.diag().sum().item() / confusion.sum().item()
+
+
+def tables(confusion: Tensor) -> dict[str, list]:
+    """A confusion matrix, and the accuracy on each digit, as results.json has them."""
+    per_digit = confusion.diag() / confusion.sum(1).clamp(min=1)
+    return {"confusion": confusion.tolist(), "per_digit_accuracy": per_digit.tolist()}
 
 
 def conditional_bound(model: FSVAE, images: Images, most: int | None = None) -> dict[str, float]:

@@ -140,7 +140,7 @@ def compile_graph(function: Callable[..., Any], device: str) -> Callable[..., An
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
-def why_plain(run: Run, processes: int, before: bool | None) -> str:
+def why_plain(run: Run, process_count: int, before: bool | None) -> str:
     """In a few words, why the steps of a run are not compiled, or "" where they are.
 
     before: whether the steps before were compiled, of a run that resumes: auto keeps to it. The
@@ -148,8 +148,8 @@ def why_plain(run: Run, processes: int, before: bool | None) -> str:
     """
     if run.compile == "0":
         return "--compile 0"
-    if processes > 1:
-        return f"{processes} processes"
+    if process_count > 1:
+        return f"{process_count} processes"
     if run.compile == "1" or before is True:
         return ""
     if before is False:
@@ -223,7 +223,7 @@ class Metrics:
     warned  whether it was said that metrics.csv cannot be written between saves
     """
 
-    def __init__(self, run: Run, stored: dict[str, Any] | None):
+    def __init__(self, run: Run):
         self.folder = log_dir(run.name)
         self.names: list[str] = []
         self.rows: list[list[float]] = []
@@ -232,8 +232,6 @@ class Metrics:
         self.tests: dict[int, dict[str, float]] = {}
         self.began = time.monotonic()
         self.warned = False
-        if stored is not None:
-            self.restore(stored)
 
     def restore(self, stored: dict[str, Any]) -> None:
         """Continue the tables of a run that was stopped; stored: see to_store."""
@@ -369,18 +367,17 @@ def train(
     SIGTERM and SIGHUP, once the state is saved, RunError where a loss or a weight is not finite.
     """
     start = 0
-    stored = None
     fused = run.device in ("cpu", "cuda")  # one kernel for all weights, where torch has it
     optimizer = torch.optim.Adam(model.parameters(), lr=run.lr, fused=fused)
+    metrics = Metrics(run)
+    compiled = False
     if state:
         start = state["step"]
-        stored = state["metrics"]
+        compiled = state["compiled"]
         model.load_state_dict(state["model"])
-        groups = optimizer.state_dict()["param_groups"]  # not stored: fused is of the device
-        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        restore_optimizer(optimizer, state["optimizer"])
+        metrics.restore(state["metrics"])
         print(f"resuming from step {start:,}")
-    metrics = Metrics(run, stored)
-    compiled = state["compiled"] if state else False
     if start < run.iter_max:
         training_step, compiled = choose_step(model, optimizer, batch, run, processes, state)
 
@@ -422,6 +419,12 @@ def train(
         raise Stopped(f"stopped at step {done}, state saved", stop)
 
 
+def restore_optimizer(optimizer: torch.optim.Optimizer, stored: dict[int, Any]) -> None:
+    """Give the optimizer its state of each weight; its settings are those of this run's device."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": stored, "param_groups": groups})
+
+
 def is_due(step: int, run: Run) -> bool:
     """Whether a checkpoint is to be stored at this step."""
     return step > 0 and (step % run.iter_save == 0 or step == run.iter_max)
@@ -441,16 +444,37 @@ def store(
     metrics: Metrics,
     run: Run,
     compiled: bool,
-    processes: int,
+    process_count: int,
     evaluate: Evaluate,
 ) -> None:
-    """Store metrics of the test set, the tables, a checkpoint if it is due, and last the state.
+    """Store what the logs have, the checkpoint where one is due, and last the state.
 
     The state says that all the rest is there. A run that is killed before it is written resumes
     from the state before, computes the same steps, and writes the same files once more.
-    A table or a plot that cannot be written, as where another program holds it, is an error that
-    is raised after that, so that no step is lost: the state has the rows of the tables too. Only
-    at the last step a plot is raised at once, for a finished run does not draw it again.
+    """
+    problem = update_logs(step, metrics, run, evaluate)
+    if is_due(step, run):
+        checkpoint.save_model_by_name(model, step)
+    state = {
+        "step": step,
+        "settings": run.settings(),
+        "compiled": compiled,
+        "processes": process_count,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict()["state"],
+        "metrics": metrics.to_store(),
+    }
+    checkpoint.save_state(run.name, state)
+    if problem is not None:
+        raise problem
+
+
+def update_logs(step: int, metrics: Metrics, run: Run, evaluate: Evaluate) -> OSError | None:
+    """Evaluate the model where a checkpoint is due, and write the tables.
+
+    Returns the error of a plot or a table that cannot be written, as where another program holds
+    it: it is raised once the state is stored, which has the rows of the tables too, so no step is
+    lost. Only at the last step a plot's is raised at once: a finished run does not draw it again.
     """
     problem = None
     try:
@@ -464,20 +488,7 @@ def store(
         metrics.write(step)
     except OSError as error:
         problem = error
-    if is_due(step, run):
-        checkpoint.save_model_by_name(model, step)
-    state = {
-        "step": step,
-        "settings": run.settings(),
-        "compiled": compiled,
-        "processes": processes,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict()["state"],
-        "metrics": metrics.to_store(),
-    }
-    checkpoint.save_state(run.name, state)
-    if problem is not None:
-        raise problem
+    return problem
 
 
 def write_if_possible(metrics: Metrics, write: Callable[[int], None], step: int) -> None:
@@ -503,7 +514,8 @@ def train_or_load(
     weights, state = processes.first(lambda: checkpoint.find(model, run))
     if weights is not None and state is not None and processes.main:
         # The state has the rows of a table that could not be written, or was lost.
-        metrics = Metrics(run, state["metrics"])
+        metrics = Metrics(run)
+        metrics.restore(state["metrics"])
         if metrics.are_behind():
             write_if_possible(metrics, metrics.write, state["step"])
     if weights is None:

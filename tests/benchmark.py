@@ -34,7 +34,7 @@ from codebase.models.fsvae import FSVAE
 from codebase.models.gmvae import GMVAE
 from codebase.models.ssvae import SSVAE
 from codebase.models.vae import VAE
-from codebase.runtime.launch import own_torch_settings
+from codebase.runtime.launch import SPIN_COUNT, own_torch_settings
 from codebase.runtime.parallel import Processes
 
 VARIANTS = "textbook", "plain", "compiled", "products", "jax"
@@ -160,7 +160,7 @@ def our_steps(kind, images, labelled, batch_size=100, compiled=False, **options)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     processes = Processes("cpu")
     run = importlib.import_module(f"run_{kind}").parse([]).changed(device="cpu")
-    metrics = train.Metrics(run, None)
+    metrics = train.Metrics(run)
     one_hot = labelled.one_hot(torch.arange(100))
 
     def batch(index):
@@ -276,6 +276,50 @@ def evaluation(kind, whose, folder, ms):
     print(json.dumps({"seconds": time.perf_counter() - began, "megabytes": peak() - before}))
 
 
+def serve(kind, folder, count):
+    """Do and time as many steps for every line that is read: a variant of alternate."""
+    steps = our_steps(kind, *training_images(kind, folder))
+    for _ in sys.stdin:
+        print(alternate({"ours": steps}, count, 1)["ours"][0], flush=True)
+
+
+SETTINGS = {
+    "one thread": {"OMP_NUM_THREADS": "1"},
+    "ours": {"GOMP_SPINCOUNT": SPIN_COUNT},
+    "libgomp's own": {},
+}
+
+
+def compare_busy(folder, blocks):
+    """Print the time of a step, plain, alone and beside a busy process, by OpenMP's settings."""
+    print(f"\n{'ms per step':<12}{'beside':>15}" + "".join(f"{name:>15}" for name in SETTINGS))
+    clean = {key: value for key, value in os.environ.items() if "OMP_" not in key}
+    found = {}
+    for kind, count in (("vae", 50), ("ssvae", 10)):
+        variants = {}
+        for name, settings in SETTINGS.items():
+            command = [sys.executable, __file__, "--serve", kind, str(count), "--data_dir", folder]
+            streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            variants[name] = subprocess.Popen(command, env={**clean, **settings}, **streams)
+        alternate(variants, count, 1)
+        for beside in ("nothing", "a busy process"):
+            busy = None
+            if beside != "nothing":
+                busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            times = alternate(variants, count, blocks)
+            if busy:
+                busy.kill()
+            medians = "".join(f"{median(times[name]):15.1f}" for name in SETTINGS)
+            idle = ratio(times, "ours", "libgomp's own")
+            speed = ratio(times, "one thread", "ours")
+            said = f"ours takes {idle:.2f} of libgomp's time, has {speed:.2f} of one thread's speed"
+            print(f"{kind:<12}{beside:>15}{medians}   {said}", flush=True)
+            found[f"{kind}, beside {beside}"] = times
+        for process in variants.values():
+            process.communicate()
+    return found
+
+
 def linux_says(file, key, otherwise):
     """A value in a file of /proc."""
     lines = Path("/proc", file).read_text().splitlines() if Path("/proc", file).exists() else []
@@ -383,6 +427,12 @@ def main():
     )
     parser.add_argument("--data_dir", default="data", help="where the drawn digits are stored")
     parser.add_argument("--output", default="benchmark.json")
+    parser.add_argument(
+        "--busy",
+        action="store_true",
+        help="only print what a busy process beside it does to a step",
+    )
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = str(Path(args.data_dir).resolve())
@@ -394,6 +444,11 @@ def measure(args, folder):
     if args.child:
         *words, ms = args.child
         return evaluation(*words, tuple(map(int, ms.split(","))))
+    if args.serve:
+        kind, count = args.serve
+        return serve(kind, folder, int(count))
+    if args.busy:
+        return compare_busy(folder, 5 if args.quick else 9)
     if args.profile:
         return profile(args.profile, folder)
 

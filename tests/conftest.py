@@ -4,6 +4,7 @@ import csv
 import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -38,6 +39,13 @@ needs_mnist = skip_if(not MNIST_TEST.exists(), reason="no MNIST in MNIST_DIR")
 needs_reference = skip_if(not CHECKPOINTS.exists(), reason="no checkpoints in REFERENCE_DIR")
 needs_compiler = skip_if(not COMPILER, reason="no C++ compiler on this machine")
 needs_cuda = skip_if(not torch.cuda.is_available(), reason="no CUDA on this machine")
+
+
+# A shell's `nohup ... &` leaves these ignored, and so they would be in every process started here.
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    number = getattr(signal, name, None)  # Windows has no SIGHUP
+    if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 def pytest_addoption(parser):

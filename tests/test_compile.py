@@ -205,7 +205,7 @@ def test_tools_and_steps_decide(asked, steps, device, tools, compiled, monkeypat
     monkeypatch.setattr(train.shutil, "which", find)
     monkeypatch.setattr(train, "find_spec", find)
     run = run_vae.parse(["--compile", asked, "--iter_max", str(steps), "--data", "digits"])
-    why = train.why_plain(run.changed(device=device), processes=1, before=None)
+    why = train.why_plain(run.changed(device=device), process_count=1, before=None)
     assert (why == "") == compiled
     if asked == "auto" and steps == 20_000 and not compiled:
         assert device in why
@@ -214,8 +214,8 @@ def test_tools_and_steps_decide(asked, steps, device, tools, compiled, monkeypat
 @pytest.mark.parametrize("asked", ["auto", "1"])
 def test_steps_of_several_processes_are_plain(asked):
     run = run_vae.parse(["--compile", asked, "--iter_max", "20000"]).changed(device="cpu")
-    assert train.why_plain(run, processes=2, before=None) == "2 processes"
-    assert train.why_plain(run, processes=2, before=True) == "2 processes"
+    assert train.why_plain(run, process_count=2, before=None) == "2 processes"
+    assert train.why_plain(run, process_count=2, before=True) == "2 processes"
 
 
 def test_a_signal_while_the_step_is_compiled(script, tmp_path, monkeypatch):

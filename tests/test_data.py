@@ -548,7 +548,7 @@ def choose(tmp_path, monkeypatch):
         monkeypatch.setattr(download, "fetch", fetch)
         if present:
             put_files_in_place()
-        return download.settle_data(asking), bool(tried)
+        return download.choose_data(asking), bool(tried)
 
     run.tried = tried
     return run
@@ -659,10 +659,10 @@ def near(tmp_path, monkeypatch, there: list[str], data_dir: str = ".", model=run
 
 def banner(run, capsys) -> str:
     """What is said where the digits take the place of the real data; the error line says it too."""
-    assert download.settle_data(run.changed(data="auto")) == "digits"
+    assert download.choose_data(run.changed(data="auto")) == "digits"
     printed = capsys.readouterr().out
     with pytest.raises(UsageError) as caught:
-        download.settle_data(run)
+        download.choose_data(run)
     for line in printed.splitlines():
         if line.startswith("But "):
             assert line.removeprefix("But ").removesuffix(".") in str(caught.value)
@@ -903,7 +903,7 @@ def test_an_fsvae_does_without_a_test_split(tmp_path, svhn_server):
     del svhn_server.files["test_32x32.mat"]
     assert "404" in download.fetch(run)
     assert list(tree(tmp_path)) == ["train_32x32.mat"]
-    assert download.settle_data(run.changed(data="auto")) == "svhn"
+    assert download.choose_data(run.changed(data="auto")) == "svhn"
 
 
 @pytest.mark.parametrize(
@@ -940,7 +940,7 @@ def assert_is_mnist(folder: Path, server: Server) -> None:
 
 def test_mnist_arrives_whole(mnist_server, tmp_path, capsys):
     run = mnist_run(tmp_path / "data")  # which is made
-    assert download.settle_data(run.changed(data="auto")) == "mnist"
+    assert download.choose_data(run.changed(data="auto")) == "mnist"
     assert_is_mnist(tmp_path / "data", mnist_server)
     assert "NO MNIST" not in capsys.readouterr().out
     asked = len(mnist_server.asked)
@@ -980,7 +980,7 @@ def test_a_silent_mirror_is_passed_over(mnist_server, tmp_path, monkeypatch):
 
 def test_svhn_arrives_whole_and_is_read(svhn_server, tmp_path):
     run = svhn_run(tmp_path)
-    assert download.settle_data(run) == "svhn"
+    assert download.choose_data(run) == "svhn"
     assert len(data.load(run, "train")) == 12  # with its checksum
     assert len(data.load(run, "test")) == 5
     assert {path.name for path in tmp_path.iterdir()} == {"train_32x32.mat", "test_32x32.mat"}
@@ -1035,10 +1035,10 @@ def test_a_failed_download_leaves_nothing_but_digits(which, harm, request, tmp_p
     words = {"not there": "404", "nobody listens": "refused"}.get(harm, "corrupted")
     assert words in reason and "\n" not in reason
     assert list(tmp_path.iterdir()) == []
-    assert download.settle_data(run.changed(data="auto")) == "digits"
+    assert download.choose_data(run.changed(data="auto")) == "digits"
     assert f"NO {which.upper()} ({reason})" in capsys.readouterr().out
     with pytest.raises(UsageError, match=f"{which.upper()} cannot be downloaded"):
-        download.settle_data(run)
+        download.choose_data(run)
 
 
 def test_a_signal_ends_a_download_without_trace(svhn_server, script, tmp_path):
@@ -1119,13 +1119,13 @@ def unwritable(request, tmp_path, monkeypatch) -> Path:
 
 def test_an_unwritable_folder_gives_the_drawn_digits(mnist_server, unwritable, capsys, digits_dir):
     run = mnist_run(unwritable)
-    assert download.settle_data(run.changed(data="auto")) == "digits"
+    assert download.choose_data(run.changed(data="auto")) == "digits"
     assert "DRAWN DIGITS instead" in capsys.readouterr().out
     images = data.load(run.changed(data="digits"), "test")
     stored = data.drawn_digits(str(digits_dir), "test", colour=False)
     assert torch.equal(images.pixels, stored.pixels)
     with pytest.raises(UsageError, match=r"MNIST cannot be downloaded.*by hand"):
-        download.settle_data(run)
+        download.choose_data(run)
 
 
 def test_a_folder_that_cannot_be_made_is_named(mnist_server, tmp_path):

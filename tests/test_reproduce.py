@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, tree, wait_for
 from matplotlib import image
 
-from codebase.runtime.log import describe_data, part_of
+from codebase.runtime.log import describe_data, suffix_of_test
 
 FIGURES = {"kl": 19.25, "rec": 82.5, "nelbo": 101.75, "active": 10, "components": 500}
 for samples in (1, 10, 100, 1000):
@@ -106,7 +106,7 @@ def test_every_series_is_what_its_script_calls_it_and_its_flags_are_taken(reprod
             assert (run.name, run.iter_max) == (series.name(seed), series.step)
             assert describe_data(run) == reproduce.REAL[series.data][0]
             part = reproduce.STAGES[stage][1]
-            assert part == f"figures{part_of(run)}"
+            assert part == f"figures{suffix_of_test(run)}"
 
 
 def test_it_goes_on_where_it_stopped(reproduce, tmp_path, monkeypatch, capsys):

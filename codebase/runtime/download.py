@@ -42,7 +42,7 @@ def is_usable(run: Run) -> bool:
 # The choice of the data set
 
 
-def settle_data(run: Run) -> str:
+def choose_data(run: Run) -> str:
     """The data set of a run: what --data says, or under auto the real one or drawn digits.
 
     Missing files are downloaded; where they cannot be had, under auto drawn digits take their

@@ -70,7 +70,7 @@ def do_runs(first: Run, one_run: Callable[..., dict[str, float]]) -> int:
         for number in range(first.run, first.run + first.runs):
             run = first.numbered(number)
             try:
-                run = settle(run, processes)
+                run = with_data_and_device(run, processes)
                 with lock(run.name, processes):
                     found = one_run(run, processes)
                 # The data set is part of a series' name, and auto may change it in between.
@@ -86,13 +86,16 @@ def do_runs(first: Run, one_run: Callable[..., dict[str, float]]) -> int:
     return code
 
 
-def settle(run: Run, processes) -> Run:
-    """The run with the data set and the device that there are."""
+def with_data_and_device(run: Run, processes) -> Run:
+    """The run with the data set and the device that there are; missing files are downloaded.
+
+    Raises UsageError where there are none, or fewer images in a batch than processes.
+    """
     from codebase.runtime import download
 
     enough = f"takes at least one image per process, {processes.size}, not {run.batch_size}"
     files.require(run.batch_size >= processes.size, f"argument --batch_size: {enough}")
-    data = processes.first(lambda: download.settle_data(run))
+    data = processes.first(lambda: download.choose_data(run))
     return run.changed(data=data, device=processes.device)
 
 

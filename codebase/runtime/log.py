@@ -68,13 +68,13 @@ def write_table(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     write(path, "".join(lines).encode())
 
 
-def store_config(run: Run, processes: int) -> None:
+def store_config(run: Run, process_count: int) -> None:
     """Store the settings of a training in config.json."""
     config = {
         **run.settings(),
         "iter_max": run.iter_max,
         "device": run.device,
-        "processes": processes,
+        "processes": process_count,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -102,7 +102,7 @@ def remark_on(run: Run, test_images: int) -> str:
     return ""
 
 
-def part_of(run: Run) -> str:
+def suffix_of_test(run: Run) -> str:
     """What tells the metrics of other test images apart from those of the subset."""
     return "" if run.test == "subset" else f"_{run.test}"
 
@@ -126,20 +126,25 @@ def store_results(
     if broken:
         names = " and ".join(broken)
         raise RunError(f"{names} not finite: the weights of step {run.iter_max} diverged")
-    part = part_of(run)
+    part = suffix_of_test(run)
     path = log_dir(run.name) / "results.json"
     about = {"name": run.name, "data": describe_data(run), "step": run.iter_max}
     content = read_results(path, about)
     stored = content.get(f"figures{part}")
     content[f"figures{part}"] = {**stored, **metrics} if isinstance(stored, dict) else metrics
     content[f"test_images{part}"] = test_images
-    kind = "test"
     if evaluated_on:
         content["evaluated_on"] = evaluated_on
-        kind = evaluated_on.split()[0]
     content.update(tables or {})
     write_json(path, content)
+    print_metrics(run, metrics, test_images, bounded, evaluated_on or "test split")
 
+
+def print_metrics(
+    run: Run, metrics: dict[str, float], test_images: int, bounded: int, evaluated_on: str
+) -> None:
+    """Print the metrics of a run, and of how many images they are; see store_results."""
+    kind = evaluated_on.split()[0]
     print(f"\n{kind} images: {test_images:,}{remark_on(run, test_images)}")
     if bounded:
         print(f"bounds: of {bounded:,} images{OLD_DRAWS.get(run.test, '')}")
@@ -173,7 +178,7 @@ def summarise(run: Run, metrics: dict[int, dict[str, float]]) -> None:
 
     metrics: of each run, by its number; run: one of them. Stored as logs/<series>_summary.json.
     """
-    part = part_of(run)
+    part = suffix_of_test(run)
     path = Path("logs", f"{run.series}{part.replace('_', '_test=')}_summary.json")
     known = json.loads((log_dir(run.name) / "results.json").read_text())
     summary = {"name": run.series}

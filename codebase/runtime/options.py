@@ -189,7 +189,10 @@ class Parser(argparse.ArgumentParser):
         self.training = self.add_argument_group("training")
         self.data = self.add_argument_group("data")
         self.evaluation = self.add_argument_group("evaluation")
+        self.add_training_flags(iter_max)
+        self.add_data_flags()
 
+    def add_training_flags(self, iter_max: int) -> None:
         add = self.training.add_argument
         text = "training steps; with --train 0, the checkpoint to load"
         add("--iter_max", type=whole(1, 10**9), default=iter_max, help=text)
@@ -212,10 +215,10 @@ class Parser(argparse.ArgumentParser):
         text = "1 compiles the training step; auto does where that pays"
         add("--compile", choices=["auto", "0", "1"], default="auto", help=text)
 
+    def add_data_flags(self) -> None:
         add = self.data.add_argument
-        text = (
-            f"auto ({real_data}, or else drawn digits), {real_data}, digits, or your own .npz file"
-        )
+        real_data = self.real_data
+        text = f"{real_data}, digits, your own .npz file, or auto: {real_data}, or else digits"
         add("--data", default="auto", help=text)
         add("--data_dir", type=folder, default="data", help="folder of the data sets")
         text = "0 takes data files that are not the published ones"
@@ -233,7 +236,7 @@ class Parser(argparse.ArgumentParser):
         self.words = sys.argv[1:] if argv is None else list(argv)
         return super().parse_args(self.words, namespace)
 
-    def settle(
+    def make_run(
         self,
         args: argparse.Namespace,
         stem: str,

@@ -72,7 +72,7 @@ class Processes:
         if self.size == 1:
             return
         message = weight * torch.cat([tensor.flatten() for tensor in tensors])
-        call(dist.all_reduce, message)
+        collective(dist.all_reduce, message)
         parts = message.split([tensor.numel() for tensor in tensors])
         for tensor, total in zip(tensors, parts, strict=True):
             tensor.copy_(total.view_as(tensor))
@@ -83,7 +83,7 @@ class Processes:
         if self.size == 1:
             return number
         largest = torch.tensor(number, device=self.device)
-        call(dist.all_reduce, largest, op=dist.ReduceOp.MAX)
+        collective(dist.all_reduce, largest, op=dist.ReduceOp.MAX)
         return int(largest)
 
     def first(self, decide: Callable[[], Any]) -> Any:
@@ -98,7 +98,7 @@ class Processes:
             except BaseException as failure:
                 answer[1] = True
                 error = failure
-        call(dist.broadcast_object_list, answer)
+        collective(dist.broadcast_object_list, answer)
         if answer[1]:
             raise error
         return answer[0]
@@ -117,14 +117,14 @@ class Processes:
             return True
 
 
-def call(collective: Callable, *args: Any, **kwargs: Any) -> None:
+def collective(function: Callable, *args: Any, **kwargs: Any) -> None:
     """Call a collective of torch; raise ProcessLost, with torch's words, where it fails."""
     try:
-        collective(*args, **kwargs)
+        function(*args, **kwargs)
     except RuntimeError as error:
         words = str(error).strip().splitlines()[0]
         what = "the processes of this run fell out"
-        if "onnection" in words:
+        if "connection" in words.lower():
             what = "another process of this run died"
         raise ProcessLost(f"{what} ({words})") from error
 

@@ -152,10 +152,11 @@ def load_state(model: nn.Module, run: Run) -> dict[str, Any] | None:
 
 
 def find(model: nn.Module, run: Run) -> tuple[dict[str, Tensor] | None, dict[str, Any] | None]:
-    """The weights of step --iter_max, if it has been trained, and the state of the run, if any.
+    """What a run begins with: the weights of step --iter_max, the state to resume from, or neither.
 
-    Under --overwrite 1 what earlier training stored is deleted first, and metrics of weights that
-    are gone always. Raises UsageError where what is stored contradicts the command line.
+    Under --overwrite 1 what earlier training stored is deleted first; results.json is deleted
+    wherever the run has no weights any more. Raises UsageError where what is stored contradicts
+    the command line.
     """
     if run.overwrite:
         delete_run(run.name)
@@ -172,7 +173,7 @@ def find(model: nn.Module, run: Run) -> tuple[dict[str, Tensor] | None, dict[str
         (log_dir(run.name) / "results.json").unlink(missing_ok=True)
         return None, None
     if run.iter_max in steps and run.iter_max <= state["step"]:
-        return read_weights(model, run.iter_max), state
+        return read_weights(model, run.iter_max), None
     if run.iter_max >= state["step"]:  # of the very step, where a signal stopped it there
         return None, state
     beyond = f"{name} is at step {state['step']}, beyond {run.iter_max}: "

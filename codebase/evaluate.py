@@ -61,9 +61,9 @@ def bounds(
     nelbo, kl and rec are averages over 100 samples of z per image, niwae_m over max(100 // m, 1)
     groups of m of the same samples; ess_m is their effective sample size (sum w)^2 / sum w^2.
     All are in nats, means over the images, or with reduce=False tensors (n,). Of several
-    processes each takes its share of the images. The samples are fixed by the seed; seeds a
-    million apart share none. Raises ValueError where pixels are outside
-    [0, 1], where there are no images, or where an m is below 1.
+    processes each takes its share of the images. The samples are fixed by the seed; seeds that
+    differ by a million share none. Raises ValueError where pixels are outside [0, 1], where there
+    are no images, or where an m is below 1.
     Source: Burda et al. 2016, equation 8.
     """
     if len(x) == 0 or min(ms, default=1) < 1:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from importlib.util import find_spec
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -194,7 +193,7 @@ def choose_step(
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             why = f"compiling failed: {type(error).__name__}: {lines[0]}"
-            failed = True  # as it would in a run in one piece
+            failed = True  # as compiling would in a run in one piece
             model.zero_grad()
     if why:
         print(f"steps: plain ({why})")
@@ -304,22 +303,6 @@ class Metrics:
             rows.append(self.row(step, self.means(step)))
         log.write_table(self.folder / "metrics.csv", rows)
 
-    def are_behind(self) -> bool:
-        """Whether a table has fewer lines than it should: it could not be written, or is gone."""
-        expected = {"metrics.csv": 1 + len(self.rows)}
-        if self.steps:
-            expected["metrics.csv"] += 1
-        if self.tests:
-            expected["test.csv"] = 1 + len(self.tests)
-        for name, lines in expected.items():
-            try:
-                text = (self.folder / name).read_text()
-            except OSError:
-                return True
-            if text.count("\n") < lines:
-                return True
-        return False
-
     def test(self, step: int, found: dict[str, float]) -> None:
         """Keep the metrics of the test set at a checkpoint; raise RunError if one is not finite."""
         broken = [name for name, value in found.items() if not math.isfinite(value)]
@@ -410,7 +393,7 @@ def train(
             if stop or is_due(done, run):
                 save(done)
             elif processes.main and time.monotonic() > written + WRITE_EVERY:
-                write_if_possible(metrics, metrics.write_terms, done)
+                write_if_possible(metrics, done)
                 written = time.monotonic()
             if stop:
                 break
@@ -449,11 +432,19 @@ def store(
 ) -> None:
     """Store what the logs have, the checkpoint where one is due, and last the state.
 
-    The state says that all the rest is there. A run that is killed before it is written resumes
-    from the state before, computes the same steps, and writes the same files once more.
+    The state says what there is. A run that is killed before it is written resumes from the state
+    before, computes the same steps, and writes the same files once more. A plot or a table that
+    cannot be written, as where another program holds it, is raised after the state is stored, so
+    no step is lost; the checkpoint is left out then, and the run that resumes stores all of it.
     """
-    problem = update_logs(step, metrics, run, evaluate)
-    if is_due(step, run):
+    problem = None
+    try:
+        if is_due(step, run):
+            metrics.test(step, evaluate(step))
+        metrics.write(step)
+    except OSError as error:
+        problem = error
+    if is_due(step, run) and problem is None:
         checkpoint.save_model_by_name(model, step)
     state = {
         "step": step,
@@ -469,37 +460,13 @@ def store(
         raise problem
 
 
-def update_logs(step: int, metrics: Metrics, run: Run, evaluate: Evaluate) -> OSError | None:
-    """Evaluate the model where a checkpoint is due, and write the tables.
-
-    Returns the error of a plot or a table that cannot be written, as where another program holds
-    it: it is raised once the state is stored, which has the rows of the tables too, so no step is
-    lost. Only at the last step a plot's is raised at once: a finished run does not draw it again.
-    """
-    problem = None
+def write_if_possible(metrics: Metrics, step: int) -> None:
+    """Bring metrics.csv up to date between saves; another program may hold the file."""
     try:
-        if is_due(step, run):
-            metrics.test(step, evaluate(step))
-    except OSError as error:
-        if step == run.iter_max:
-            raise
-        problem = error
-    try:
-        metrics.write(step)
-    except OSError as error:
-        problem = error
-    return problem
-
-
-def write_if_possible(metrics: Metrics, write: Callable[[int], None], step: int) -> None:
-    """Bring tables up to date where no save depends on it: another program may hold a file."""
-    try:
-        write(step)
+        metrics.write_terms(step)
     except OSError as error:
         if not metrics.warned:
-            name = Path(error.filename or "metrics.csv").name
-            why = error.strerror or error
-            print(f"warning: {name} cannot be written ({why}); training goes on", flush=True)
+            log.say(f"warning: metrics.csv cannot be written ({error.strerror or error})")
         metrics.warned = True
 
 
@@ -512,12 +479,6 @@ def train_or_load(
     """
     log.print_run(run, model)
     weights, state = processes.first(lambda: checkpoint.find(model, run))
-    if weights is not None and state is not None and processes.main:
-        # The state has the rows of a table that could not be written, or was lost.
-        metrics = Metrics(run)
-        metrics.restore(state["metrics"])
-        if metrics.are_behind():
-            write_if_possible(metrics, metrics.write, state["step"])
     if weights is None:
         began = time.monotonic()
         train(model, batch, n, run, processes, evaluate, state)

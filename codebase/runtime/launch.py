@@ -202,10 +202,16 @@ def usable_streams() -> Iterator[None]:
                 stack.enter_context(nowhere)
                 stack.callback(setattr, sys, name, stream)
                 setattr(sys, name, nowhere)
-            elif hasattr(stream, "reconfigure"):
-                stack.callback(stream.reconfigure, errors=stream.errors)
-                stream.reconfigure(errors="backslashreplace")
+            elif hasattr(stream, "reconfigure") and hasattr(stream, "errors"):
+                stack.callback(set_errors, stream, stream.errors)
+                set_errors(stream, "backslashreplace")
         yield
+
+
+def set_errors(stream, errors: str) -> None:
+    """Say what a stream does with letters that it has not; it may be broken or closed by now."""
+    with contextlib.suppress(OSError, ValueError):
+        stream.reconfigure(errors=errors)
 
 
 def end_program(number: int, frame) -> None:
@@ -289,7 +295,8 @@ def how_to_resume(run: Run) -> str:
     series = ["--overwrite", "--run", "--runs", "--seed"]
     this_run = run.command(series, run=run.run, seed=run.seed)
     others = run.command(series, run=rest.run, runs=rest.runs, seed=rest.seed, overwrite=1)
-    return f"to resume: {this_run}; then the rest of the series: {others}"
+    summary = "the summary comes from the same command without --overwrite"
+    return f"to resume: {this_run}; then the rest of the series: {others}; {summary}"
 
 
 def how_to_need_less_memory(run: Run | None) -> str:

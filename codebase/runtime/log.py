@@ -28,6 +28,12 @@ def print_run(run: Run, model: torch.nn.Module) -> None:
     print(f"data: {run.data}; files: {checkpoint_dir(run.name)}/, {log_dir(run.name)}/")
 
 
+def say(line: str) -> None:
+    """Print a line at once, whether or not somebody is there to read it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, flush=True)
+
+
 class UnbreakableStream:
     """A stream whose failing writes are ignored: a broken pipe ends no training."""
 
@@ -35,12 +41,21 @@ class UnbreakableStream:
         self.stream = stream
 
     def write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        try:
             self.stream.write(text)
+        except (OSError, ValueError):
+            self.silence()
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        try:
             self.stream.flush()
+        except (OSError, ValueError):
+            self.silence()
+
+    def silence(self) -> None:
+        """Lead it nowhere, or Python fails once more in the end, on what it could not write."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -50,9 +65,11 @@ def progress_bar(start: int, stop: int, shown: bool, unit: str = "steps") -> tqd
     """A bar on a terminal; elsewhere a plain line every few seconds, after the first ones."""
     if sys.stderr is None:
         return tqdm(disable=True)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()  # what was printed before it stands above it in a file, too
     options = {"initial": start, "total": stop, "disable": not shown, "unit": f" {unit}"}
     options["file"] = UnbreakableStream(sys.stderr)
-    if sys.stderr.isatty():
+    if hasattr(sys.stderr, "isatty") and sys.stderr.isatty():
         delay = 0 if unit == "steps" else 2
         return tqdm(**options, dynamic_ncols=True, mininterval=0.5, delay=delay)
     line = unit.removesuffix("s") + " {n} of {total}{postfix}, {rate_fmt}\n"

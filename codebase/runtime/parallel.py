@@ -67,7 +67,7 @@ class Processes:
     def add_up(self, tensors: Sequence[Tensor], weight: float = 1) -> None:
         """Replace each tensor by the sum of weight * tensor over the processes, in one message.
 
-        With its part of the images as each process's weight that is the mean over all images.
+        With each process's share of the images as its weight that is the mean over all images.
         """
         if self.size == 1:
             return

@@ -46,11 +46,10 @@ def one_run(run: options.Run, processes) -> dict[str, float]:
     from codebase.runtime import log
     from codebase.train import train_or_load
 
-    # Data: a step takes all of 100 labelled images, or 100 of more.
+    # Data: every step takes all of 100 labelled images, or 100 of more.
     test_set = data.load(run, "test")
     train_set = data.load(run, "train") if run.train else test_set
     labelled = data.labelled_set(train_set, run.labels) if run.train else test_set
-    all_labelled = torch.arange(run.labels, device=run.device)
 
     # Model
     torch.manual_seed(run.seed)
@@ -58,7 +57,7 @@ def one_run(run: options.Run, processes) -> dict[str, float]:
 
     # Training
     def batch(index):
-        chosen = all_labelled
+        chosen = torch.arange(run.labels, device=run.device)
         if run.labels > 100:
             chosen = torch.randint(run.labels, (100,), device=run.device)
         return train_set.binary(index), labelled.binary(chosen), labelled.one_hot(chosen)
@@ -77,8 +76,7 @@ def one_run(run: options.Run, processes) -> dict[str, float]:
         log.store_results(run, metrics, len(test_set), tables=evaluate.tables(confusion))
         log.print_files(run, plots.of_ssvae(model, confusion))
         evaluate.print_confusion(confusion)
-        remark = log.remark_on(run, len(test_set))
-        print(f"Test set classification accuracy: {metrics['accuracy']}{remark}")
+        evaluate.print_accuracy(metrics["accuracy"], log.remark_on(run, len(test_set)))
     return metrics
 
 

@@ -135,4 +135,4 @@ def evaluate_classifier(model: SSVAE, test_set: Pair) -> None:
     with evaluate.eval_mode(model):
         predicted = [model.cls(x.flatten(1)).argmax(-1) for x in x_test.split(evaluate.ROWS)]
     right = (torch.cat(predicted) == y_test).sum().item()
-    print(f"Test set classification accuracy: {right / len(x_test)}")
+    evaluate.print_accuracy(right / len(x_test))

@@ -66,10 +66,7 @@ def bounds(
     are no images, or where an m is below 1.
     Source: Burda et al. 2016, equation 8.
     """
-    if len(x) == 0 or min(ms, default=1) < 1:
-        raise ValueError(f"bounds takes images and m from 1 on, not {len(x)} images and m = {ms}")
-    if not (x.min() >= 0 and x.max() <= 1):  # nor is NaN
-        raise ValueError(f"bounds takes pixels in [0, 1], not from {x.min():g} to {x.max():g}")
+    check_what_is_bounded(x, ms)
     if processes is None:
         processes = Processes(x.device.type)
     names = ["nelbo", "kl", "rec"] + [f"niwae_{m}" for m in ms] + [f"ess_{m}" for m in ms]
@@ -88,6 +85,14 @@ def bounds(
         means = table.cpu().double().mean(1)  # mps has no float64
         return dict(zip(names, means.tolist(), strict=True))
     return dict(zip(names, table, strict=True))
+
+
+def check_what_is_bounded(x: Tensor, ms: Sequence[int]) -> None:
+    """Raise ValueError where bounds cannot be computed of these images, or with these m."""
+    if len(x) == 0 or min(ms, default=1) < 1:
+        raise ValueError(f"bounds takes images and m from 1 on, not {len(x)} images and m = {ms}")
+    if not (x.min() >= 0 and x.max() <= 1):  # nor is NaN
+        raise ValueError(f"bounds takes pixels in [0, 1], not from {x.min():g} to {x.max():g}")
 
 
 def bounds_of_piece(
@@ -226,6 +231,11 @@ def print_bounds(metrics: dict[str, float], remark: str = "") -> None:
     for name, value in metrics.items():
         if name.startswith("niwae_"):
             print(f"Negative IWAE-{name.removeprefix('niwae_')}: {value}")
+
+
+def print_accuracy(accuracy: float, remark: str = "") -> None:
+    """Print the share of the test set that was classified right."""
+    print(f"Test set classification accuracy: {accuracy}{remark}")
 
 
 def print_confusion(confusion: Tensor) -> None:

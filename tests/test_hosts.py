@@ -53,6 +53,7 @@ def test_a_hang_up_saves_the_state(tmp_path, digits_dir):
     assert torch.load(state_file(tmp_path))["step"] == stopped
 
 
+@pytest.mark.long
 def test_a_terminal_that_closes_saves_the_state(tmp_path, digits_dir):
     """What is written to it then fails, and hides nothing."""
     words = command("vae", "--data", "digits", "--data_dir", digits_dir, "--iter_max", 1_000_000)
@@ -122,7 +123,7 @@ CLOSED = {
 }
 
 
-@pytest.mark.parametrize("streams", CLOSED)
+@pytest.mark.parametrize("streams", [pytest.param("none", marks=pytest.mark.long), "closed"])
 @pytest.mark.parametrize("flags, code", [(["--iter_max", "2"], 0), (["--z", "0"], 2)])
 def test_a_run_needs_no_streams(streams, flags, code, tmp_path, digits_dir):
     (tmp_path / "program.py").write_text(
@@ -139,6 +140,7 @@ def test_a_run_needs_no_streams(streams, flags, code, tmp_path, digits_dir):
     assert checkpoint_steps(tmp_path, "vae") == ([2] if code == 0 else [])
 
 
+@pytest.mark.long
 def test_no_file_is_opened_in_a_streams_place(tmp_path, digits_dir):
     words = command("vae", "--data", "digits", "--data_dir", digits_dir, "--iter_max", 2)
     line = f"{shlex.join(words)} 1>&- 2>&-"
@@ -179,7 +181,7 @@ def test_an_interrupt_of_the_first_second(seconds, tmp_path):
     assert (process.returncode, errors) == (130, "run_vae.py: interrupted\n")
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.long)])
 def test_an_unprintable_file_name_is_escaped(encoding, tmp_path, digits_dir):
     pixels = np.random.RandomState(0).randint(0, 256, (200, 784)).astype(np.uint8)
     np.savez(tmp_path / "числа.npz", x=pixels[:100], x_test=pixels[100:])

@@ -273,7 +273,7 @@ def folders(tmp_path) -> list[Path]:
 @pytest.mark.parametrize(
     "model, flags, part",
     [
-        ("vae", [], ""),
+        pytest.param("vae", [], "", marks=pytest.mark.long),
         pytest.param("ssvae", [], "", marks=pytest.mark.long),
         pytest.param("ssvae", ["--labels", 200], "_labels=200", marks=pytest.mark.long),
         pytest.param("gmvae", ["--train_iw", 5], "_train_iw=5", marks=pytest.mark.long),

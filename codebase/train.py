@@ -372,11 +372,10 @@ def train(
     batches = order(n, run.batch_size, run.seed, start, run.device)
     written = time.monotonic()
     done = start
-    caught = []  # signals, in place of being ended by them
-    handled = signals.handled([signals.INTERRUPT, *signals.END], lambda n, frame: caught.append(n))
     if processes.main:
         log.store_config(run, processes.size)
-    with handled, log.progress_bar(start, run.iter_max, processes.main) as bar:
+    shown = processes.main
+    with signals.collected() as caught, log.progress_bar(start, run.iter_max, shown) as bar:
         # Before the first step: shows that the folders can be written to, and stores what is due
         # of a run that a signal stopped at its last step.
         save(start)

@@ -478,6 +478,17 @@ def test_progress_is_written_to_a_broken_pipe():
             stream.flush()
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no list of open files")
+def test_a_closed_stream_of_progress_opens_no_files(tmp_path):
+    closed = (tmp_path / "closed").open("w")
+    closed.close()
+    stream = log.UnbreakableStream(closed)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        stream.write("step 1 of 2\n")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 @pytest.mark.long
 def test_a_broken_pipe_of_progress_ends_no_training(tmp_path, digits_dir):
     """Its exit code is 0 all the same, so that a shell goes on with the next command."""

@@ -56,9 +56,7 @@ def do_runs(first: Run, one_run: Callable[..., dict[str, float]]) -> int:
     """Do the runs, one after the other, and summarise them; return the exit code."""
     # Imported here, so that a command line is checked before torch is loaded. A signal waits till
     # then: inside an import it may be swallowed, or be taken for a module that is missing.
-    caught = []
-    handled = signals.handled([signals.INTERRUPT, *signals.END], lambda n, frame: caught.append(n))
-    with handled:
+    with signals.collected() as caught:
         from codebase.runtime import log, parallel
     if caught:
         end_program(caught[0], None)

@@ -54,8 +54,9 @@ class UnbreakableStream:
 
     def silence(self) -> None:
         """Lead it nowhere, or Python fails once more in the end, on what it could not write."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        failures = contextlib.suppress(OSError, ValueError, AttributeError)
+        with failures, open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -65,7 +66,7 @@ def progress_bar(start: int, stop: int, shown: bool, unit: str = "steps") -> tqd
     """A bar on a terminal; elsewhere a plain line every few seconds, after the first ones."""
     if sys.stderr is None:
         return tqdm(disable=True)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()  # what was printed before it stands above it in a file, too
     options = {"initial": start, "total": stop, "disable": not shown, "unit": f" {unit}"}
     options["file"] = UnbreakableStream(sys.stderr)

@@ -30,6 +30,14 @@ def say_interrupted(kind, error, trace) -> None:
 
 
 @contextlib.contextmanager
+def collected() -> Iterator[list[int]]:
+    """Inside, Ctrl-C and the signals that end a program are collected in a list instead."""
+    caught: list[int] = []
+    with handled([INTERRUPT, *END], lambda number, frame: caught.append(number)):
+        yield caught
+
+
+@contextlib.contextmanager
 def handled(names: list[str], handler: Callable) -> Iterator[None]:
     """Inside, handler(number, frame) is called on these signals; what was before is put back.
 

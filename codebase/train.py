@@ -12,8 +12,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from datetime import timedelta
-from importlib.util import find_spec
 from itertools import count
 from typing import Any
 
@@ -95,7 +95,7 @@ def plain_step(
 def compiled_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, example: Tensor
 ) -> Step:
-    """The same step, with the forward and the backward pass compiled into one graph.
+    """The same step on a CPU, with the forward and the backward pass compiled into one graph.
 
     example: positions of images, to compile for.
     """
@@ -110,7 +110,7 @@ def compiled_step(
     def loss(weights: dict[str, Tensor], *inputs: Tensor):
         return functional_call(model, weights, inputs)
 
-    graph = compile_graph(grad(loss, has_aux=True), example.device.type)
+    graph = compile_graph(grad(loss, has_aux=True))
     graph(weights, *inputs)
 
     def step(index: Tensor) -> dict[str, Tensor]:
@@ -123,24 +123,62 @@ def compiled_step(
     return step
 
 
-def compile_graph(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+def compile_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function compiled whole, with the random numbers of torch's own generators."""
     # This logger speaks of CUDA where there is none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # What an earlier run of a series compiled would count against this one.
     torch.compiler.reset()
-    options = {"fallback_random": True}
-    if device == "cpu":
-        options["cpp_wrapper"] = True
-        options["compile_threads"] = 1  # there is one file to compile
-    if device == "cuda":
-        options["triton.cudagraphs"] = True
-        options["triton.autotune_pointwise"] = False  # nothing is chosen by a timing
+    options = {
+        "fallback_random": True,
+        "cpp_wrapper": True,
+        "compile_threads": 1,  # there is one file to compile
+    }
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
+def recorded_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, plain: Step, example: Tensor
+) -> Step:
+    """The plain step on a GPU, recorded as a CUDA graph: its kernels are launched all at once.
+
+    It computes what the plain step does, bit for bit; the random numbers are seeded as for it.
+    example: positions of images, to record with. Source: PyTorch's notes on CUDA graphs.
+    """
+    # A recording begins with a few real steps, which are undone after it. It reads and writes the
+    # same memory at each launch, so weights and averages are put back into theirs.
+    weights = deepcopy(model.state_dict())
+    averages = deepcopy(optimizer.state_dict()["state"])
+    index = example.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            plain(index)
+    torch.cuda.current_stream().wait_stream(stream)
+    optimizer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        terms = plain(index)
+
+    model.load_state_dict(weights)
+    for number, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            if number in averages:
+                value.copy_(averages[number][name])
+            else:
+                value.zero_()
+
+    def step(next_index: Tensor) -> dict[str, Tensor]:
+        index.copy_(next_index)
+        graph.replay()
+        return terms
+
+    return step
+
+
 def why_plain(run: Run, process_count: int, before: bool | None) -> str:
-    """In a few words, why the steps of a run are not compiled, or "" where they are.
+    """In a few words, why the steps of a run are plain, or "" where they are compiled or recorded.
 
     before: whether the steps before were compiled, of a run that resumes: auto keeps to it. The
     flags and the tools decide, never a timing, so that a command does the same at every start.
@@ -149,23 +187,23 @@ def why_plain(run: Run, process_count: int, before: bool | None) -> str:
         return "--compile 0"
     if process_count > 1:
         return f"{process_count} processes"
-    if run.compile == "1" or before is True:
+    if run.device == "mps":
+        return "on mps"
+    if run.device == "cuda" or run.compile == "1" or before is True:
         return ""
     if before is False:
         return "as the steps before"
     if run.iter_max < COMPILE_FROM:
         return f"compiling pays from {COMPILE_FROM:,} on; --compile 1 does it now"
-    if not find_compiler(run.device):
-        return f"no compiler for {run.device} found"
+    if not find_compiler():
+        return "no C++ compiler found"
     return ""
 
 
-def find_compiler(device: str) -> bool:
-    """Whether torch has what it compiles with for a device: a C++ compiler, or Triton."""
-    if device == "cpu":
-        usual = "clang++" if sys.platform == "darwin" else "g++"
-        return shutil.which(os.environ.get("CXX", usual)) is not None
-    return device == "cuda" and find_spec("triton") is not None
+def find_compiler() -> bool:
+    """Whether there is the C++ compiler that torch compiles with for a CPU."""
+    usual = "clang++" if sys.platform == "darwin" else "g++"
+    return shutil.which(os.environ.get("CXX", usual)) is not None
 
 
 def choose_step(
@@ -182,13 +220,19 @@ def choose_step(
         before = state["compiled"]
     why = why_plain(run, processes.size, before)
     step = plain_step(model, optimizer, batch, processes)
+    example = torch.zeros(run.batch_size, dtype=torch.int64, device=run.device)
+    compiled = False
     failed = False
-    if not why:
-        print("compiling the step: some 20 s on idle cores, or 3 s if it is stored", flush=True)
+    if not why and run.device == "cuda":
+        step = recorded_step(model, optimizer, step, example)
+        print("steps: recorded as a CUDA graph, with the bits of plain ones")
+    elif not why:
+        depends = "about 20 s on idle cores, several times that on busy ones, 3 s if it is stored"
+        print(f"compiling the step: {depends}", flush=True)
         began = time.monotonic()
-        example = torch.zeros(run.batch_size, dtype=torch.int64, device=run.device)
         try:
             step = compiled_step(model, optimizer, batch, example)
+            compiled = True
             print(f"steps: compiled, in {time.monotonic() - began:.1f} s")
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
@@ -197,8 +241,8 @@ def choose_step(
             model.zero_grad()
     if why:
         print(f"steps: plain ({why})")
-    compiled = not why
-    whole = not why_plain(run, processes.size, None)  # a run in one piece, with this --iter_max
+    # Whether a run in one piece, with this --iter_max, would be compiled.
+    whole = run.device == "cpu" and not why_plain(run, processes.size, None)
     if state and (compiled != before or compiled != whole) and not (failed and not before):
         print("a run in one piece would be compiled otherwise: its bits will differ from these")
     if state and state["processes"] != processes.size:
@@ -350,8 +394,7 @@ def train(
     SIGTERM and SIGHUP, once the state is saved, RunError where a loss or a weight is not finite.
     """
     start = 0
-    fused = run.device in ("cpu", "cuda")  # one kernel for all weights, where torch has it
-    optimizer = torch.optim.Adam(model.parameters(), lr=run.lr, fused=fused)
+    optimizer = make_optimizer(model, run)
     metrics = Metrics(run)
     compiled = False
     if state:
@@ -381,6 +424,7 @@ def train(
         save(start)
         for step in range(start, run.iter_max):
             processes.seed_step(run.seed, step)
+            set_rate(optimizer, rate_of_step(run, step))
             terms = training_step(next(batches))
             metrics.add(terms)
             bar.update()
@@ -399,6 +443,34 @@ def train(
     stop = processes.any_signal(caught)  # one that came during the last save too
     if stop:
         raise Stopped(f"stopped at step {done}, state saved", stop)
+
+
+def make_optimizer(model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    """Adam, as one kernel for all weights where torch has it."""
+    if run.device == "cuda":
+        # A recorded step reads the rate from the GPU's memory.
+        rate = torch.tensor(run.lr, device="cuda")
+        return torch.optim.Adam(model.parameters(), lr=rate, fused=True, capturable=True)
+    return torch.optim.Adam(model.parameters(), lr=run.lr, fused=run.device == "cpu")
+
+
+def rate_of_step(run: Run, step: int) -> float:
+    """The learning rate of a step, from 0 on: constant, or along half a cosine to 0 at --iter_max.
+
+    Source: Loshchilov & Hutter 2017, equation 5, without restarts.
+    """
+    if run.schedule == "constant":
+        return run.lr
+    return run.lr * (1 + math.cos(math.pi * step / run.iter_max)) / 2
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give the optimizer its learning rate, in its own memory where that is on a GPU."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, stored: dict[int, Any]) -> None:

@@ -59,6 +59,8 @@ class Run(SimpleNamespace):
         name = f"model={self.stem}"
         if self.lr != 0.001:
             name += f"_lr={self.lr:g}"
+        if self.schedule != "constant":
+            name += f"_schedule={self.schedule}"
         if self.data != self.real_data:
             name += f"_data={Path(self.data).stem}"
         return name
@@ -68,10 +70,13 @@ class Run(SimpleNamespace):
         return f"{self.series}_run={self.run:04d}"
 
     def settings(self) -> dict[str, Any]:
-        """What fixes the weights, besides the number of steps."""
+        """What fixes the weights, besides the number of steps; on a schedule that number too."""
         settings = {"model": self.stem.partition("_")[0]}
         for flag in self.fix_weights:
             settings[flag] = getattr(self, flag)
+        if self.schedule != "constant":
+            settings["schedule"] = self.schedule
+            settings["iter_max"] = self.iter_max
         settings["data"] = self.data
         if self.own_images:
             settings["data"] = f"a file of SHA-256 {read_once(self.data)[1]}"
@@ -208,11 +213,13 @@ class Parser(argparse.ArgumentParser):
         text = "images per step, over all processes together"
         add("--batch_size", type=whole(1, 60_000), default=100, help=text)
         add("--lr", type=real(1e-9, 10), default=0.001, help="learning rate of Adam")
+        text = "learning rate over the steps: constant, or along half a cosine to 0 at --iter_max"
+        add("--schedule", choices=["constant", "cosine"], default="constant", help=text)
         text = "steps between checkpoints"
         add("--iter_save", type=whole(1, 10**9), default=10_000, help=text)
         devices = ["auto", "cpu", "cuda", "gpu", "mps"]
         add("--device", choices=devices, default="auto", help="where to compute")
-        text = "1 compiles the training step; auto does where that pays"
+        text = "1 compiles the training step (on cuda: records it); auto does where that pays"
         add("--compile", choices=["auto", "0", "1"], default="auto", help=text)
 
     def add_data_flags(self) -> None:

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Run everything that the pages quote, and write their tables: README.md and those in docs/.
+"""Run everything that the pages quote, and make their tables.
 
-python docs/reproduce.py --data_dir DIR trains and evaluates by the scripts' own command lines in the current folder,
-as many runs at a time as there are cores, one thread each, and goes on where it stopped. All of it takes about 17 hours
-of one core. What it finds it stores in docs/figures.json, from which --write and --check make the tables, on a clone
-without any run too; --pictures takes the pictures from logs/. A table stands between <!-- table NAME --> and
-<!-- end -->. The table fsvae takes the sample of 10,366 SVHN digits in DIR; figures of other files, of drawn digits, or
-of another number of steps do not count. The table speed is of docs/speed.json, by tests/benchmark.py --output.
+python docs/reproduce.py --data_dir DIR trains and evaluates in the current folder, by the scripts'
+own command lines. The same command resumes. All of it takes about 35 hours of one core.
+
+What the runs leave in logs/ is collected in docs/figures.json. --write and --check make the tables
+from that file, so they need no run. A table stands between <!-- table NAME --> and <!-- end -->.
+Figures of drawn digits, of other files or of another number of steps do not count. The table fsvae
+takes the sample of 10,366 SVHN digits in DIR; the table speed is of docs/speed.json, which
+tests/benchmark.py --output writes.
 """
 
 import argparse
@@ -14,771 +16,923 @@ import csv
 import json
 import os
 import re
-import signal
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, zip_longest
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, median, stdev
+from typing import NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-FIGURES = ROOT / "docs" / "figures.json"
-SPEED = ROOT / "docs" / "speed.json"  # by tests/benchmark.py, on an idle machine
-PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmark.md", ROOT / "docs" / "writeup.md"]
-REAL = {
-    "mnist": ("mnist", 10_000),
-    "svhn": ("svhn, train split, files not verified", 486),
-}  # data, test images
-BOUNDS = {"nelbo": "NELBO", "kl": "KL", "rec": "Rec"} | {
-    f"niwae_{m}": f"IWAE-{m}" for m in (1, 10, 100, 1000)
-}
+sys.path.insert(0, str(ROOT))
 
-# Model, figure, the course's own solution sheet of autumn 2021 (mean, standard deviation over 100 runs), what its
-# graders accept, and checkpoints that others published, evaluated anew on the same images.
-OTHERS = [
-    ("VAE", "nelbo", (101.5, 0.55), (98, 102), (101.04, 101.48, 101.32, 101.82, 101.45)),
-    ("VAE", "kl", (19.29, 0.17), (17.5, 21.5), ()),
-    ("VAE", "rec", (82.57, 0.56), (80, 84), ()),
-    ("VAE", "niwae_1", (99.83, 0.55), (96.2, 101.8), ()),
-    ("VAE", "niwae_10", (97.13, 0.48), (94.5, 99.5), ()),
-    ("VAE", "niwae_100", (96.1, 0.42), (93.5, 98.5), ()),
-    ("VAE", "niwae_1000", (95.62, 0.42), (92.2, 97.8), (96.79, 97.25, 97.21, 97.13, 97.03)),
-    ("GMVAE", "nelbo", (97.22, 0.54), (94, 100), (99.03, 98.94, 98.46, 99.09, 99.02, 99.19)),
-    ("GMVAE", "kl", (17.65, 0.18), (16.5, 18.5), ()),
-    ("GMVAE", "rec", (79.58, 0.6), (77.5, 82.5), ()),
-    ("GMVAE", "niwae_1", (97.22, 0.54), (94, 100), ()),
-    ("GMVAE", "niwae_10", (94.74, 0.48), (92.05, 97.95), ()),
-    ("GMVAE", "niwae_100", (93.8, 0.47), (91.1, 96.9), ()),
-    (
-        "GMVAE",
-        "niwae_1000",
-        (93.38, 0.46),
-        (90.3, 95.7),
-        (95.33, 94.11, 95.03, 95.16, 95.51, 95.54),
-    ),
-    ("SSVAE gw = 0", "accuracy", (0.735, None), (0.705, 0.765), (0.752, 0.736, 0.74)),
-    ("SSVAE gw = 1", "accuracy", (0.934, 0.0139), (0.885, 0.955), (0.942, 0.949)),
-]
-# Burda, Grosse, Salakhutdinov 2016, table 1, one stochastic layer: -L_5000 on the whole test split after training with
-# k samples; z = 50, 200 units, 3,280 passes, images binarised anew each time.
-BURDA = {"VAE": {1: 86.76, 5: 86.47, 50: 86.35}, "IWAE": {1: 86.76, 5: 85.54, 50: 84.78}}
-M2_ERROR = {100: (11.97, 1.71), 1000: (3.6, 0.56)}  # percent; Kingma et al. 2014, table 1
-PYRO = {
-    100: 0.9319,
-    600: 0.9437,
-    1000: 0.9487,
-    3000: 0.9582,
-}  # accuracy of M2; Pyro's tutorial on semi-supervised VAEs
+from codebase.runtime import files, signals  # noqa: E402 (found by the line above)
+
+FIGURES = ROOT / "docs" / "figures.json"
+SPEED = ROOT / "docs" / "speed.json"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmark.md", ROOT / "docs" / "writeup.md"]
+
+
+# ---------------------------------------------------------------------------------------------
+# The runs
 
 
 @dataclass(frozen=True)
 class Series:
-    """Runs that differ in their seed alone; minutes: how long one takes a busy core (AMD EPYC, Zen 3)."""
+    """Runs of one command line, with the seeds 0, 1, ...
+
+    stem: how their names begin; step: their number of training steps; first: the number of the
+    run with seed 0.
+    """
 
     stem: str
-    flags: str
-    step: int
-    minutes: float
-    seeds: int
+    flags: str = ""
+    step: int = 20_000
+    seeds: int = 3
+    first: int = 0
 
     @property
     def script(self) -> str:
-        return f"run_{self.stem.split('_')[0]}.py"
+        return f"run_{self.stem.partition('_')[0]}.py"
 
     @property
     def data(self) -> str:
         return "svhn" if self.script == "run_fsvae.py" else "mnist"
 
     def name(self, seed: int) -> str:
-        return f"model={self.stem}_run={seed:04d}"
+        return f"model={self.stem}_run={self.first + seed:04d}"
+
+    def words(self, seed: int) -> list[str]:
+        """The script and the flags of the run with this seed."""
+        words = [self.script, *self.flags.split(), "--run", str(self.first + seed)]
+        if self.first > 0:
+            words += ["--seed", str(seed)]
+        return words
 
 
-VAE, GMVAE = Series("vae_z=10", "", 20_000, 3, 10), Series("gmvae_z=10_k=500", "", 20_000, 3.5, 10)
-BETA = {b: Series(f"vae_z=10_beta={b}", f"--beta {b}", 20_000, 3, 3) for b in (0.5, 1, 2, 4, 8)} | {
-    1: VAE
+class Stage(NamedTuple):
+    flags: str  # besides those of the series
+    part: str  # of results.json, to which it adds
+    metric: str = ""  # one that is there after this stage alone; train may add any
+
+
+STAGES = {
+    "train": Stage("", "figures"),
+    "subset": Stage("--train 0", "figures", "niwae_1000"),
+    "2018": Stage("--train 0 --test 2018", "figures_2018", "niwae_1000"),
+    "0.4": Stage("--train 0 --test torch-0.4", "figures_torch-0.4", "niwae_1000"),
+    "whole": Stage("--train 0 --test all", "figures_all", "niwae_1000"),
+    "deep": Stage("--train 0 --test all --iw 1 5000", "figures_all", "niwae_5000"),
 }
-TRAIN_IW = {1: VAE, 5: Series("vae_z=10_train_iw=5", "--train_iw 5", 20_000, 8, 3)}
-TRAIN_IW[50] = Series("vae_z=10_train_iw=50", "--train_iw 50", 20_000, 55, 3)
-SSVAE = {
-    gw: Series(f"ssvae_gw={gw:03d}_cw=100", f"--gw {gw}", 30_000, 1.5 + 26 * gw, 5) for gw in (0, 1)
+DEEP_SEEDS = 3  # at most, for that stage takes a core a quarter of an hour
+PARTS = ["figures", "figures_2018", "figures_torch-0.4", "figures_all"]
+REAL = {  # what results.json says of data and test images
+    "mnist": {"data": "mnist", "test_images": 10_000},
+    "svhn": {"data": "svhn, train split, files not verified", "test_images": 486},
 }
-LABELS = {(100, gw): series for gw, series in SSVAE.items()} | {
-    (n, gw): Series(
-        f"{series.stem}_labels={n}", f"{series.flags} --labels {n}", 30_000, series.minutes, 3
-    )
-    for n in (600, 1000, 3000)
-    for gw, series in SSVAE.items()
-}
+
+VAE = Series("vae_z=10", seeds=10)
+GMVAE = Series("gmvae_z=10_k=500", seeds=10)
+BINARY = {"VAE": VAE, "GMVAE": GMVAE}
+BETA = {1: VAE}
+for beta in [0.5, 2, 4, 8]:
+    BETA[beta] = Series(f"vae_z=10_beta={beta}", f"--beta {beta}")
+BETA = {beta: BETA[beta] for beta in sorted(BETA)}
+TRAIN_IW = {1: VAE}
+for k in [5, 50]:
+    TRAIN_IW[k] = Series(f"vae_z=10_train_iw={k}", f"--train_iw {k}")
+SSVAE = {}  # by gw
+LABELS = {}  # by the number of labels and gw
+for gw in [0, 1]:
+    stem = f"ssvae_gw={gw:03d}_cw=100"
+    SSVAE[gw] = Series(stem, f"--gw {gw}", 30_000, seeds=5)
+    LABELS[100, gw] = SSVAE[gw]
+    for n in [600, 1000, 3000]:
+        LABELS[n, gw] = Series(f"{stem}_labels={n}", f"--gw {gw} --labels {n}", 30_000)
 FSVAE = Series(
     "fsvae_split=train",
     "--split train --check_data 0 --iter_max 50000 --iter_save 2000",
     50_000,
-    35,
-    2,
+    seeds=2,
 )
-BINARY = {"VAE": VAE, "GMVAE": GMVAE}
-# Of the models in OTHERS: the series, the stage that gives their figures, and to how many digits.
-SHEET = {model: (series, "subset", 2) for model, series in BINARY.items()}
-SHEET |= {f"SSVAE gw = {gw}": (series, "train", 4) for gw, series in SSVAE.items()}
-PICTURES = {  # in docs/: of which series' seed 0, and which picture
-    "vae-samples": (VAE, "samples"),
-    "gmvae-samples": (GMVAE, "samples"),
-    "gmvae-latent": (GMVAE, "latent"),
-    "ssvae-confusion": (SSVAE[1], "confusion"),
-    "ssvae-styles": (SSVAE[1], "styles"),
-    "fsvae-curves": (FSVAE, "curves"),
-} | {f"fsvae-{step}": (FSVAE, f"samples-{step:07d}") for step in (2000, 4000, 10_000, 50_000)}
-STAGES = {  # of a run: more flags, the key in results.json and the figure that it adds there, minutes of a core
-    "train": ("", "figures", "", None),
-    "subset": ("--train 0", "figures", "niwae_1000", 0.2),
-    "2018": ("--train 0 --test 2018", "figures_2018", "niwae_1000", 0.2),
-    "0.4": ("--train 0 --test torch-0.4", "figures_torch-0.4", "niwae_1000", 0.2),
-    "whole": ("--train 0 --test all", "figures_all", "niwae_1000", 4),
-    "deep": ("--train 0 --test all --iw 1 5000", "figures_all", "niwae_5000", 15),
-}
-PARTS = list(
-    dict.fromkeys(part for _, part, *_ in STAGES.values())
-)  # of results.json: figures by name
 
 
-# ---- what the runs left in logs/, and docs/figures.json
+def beside_literature(model: str, z: int, schedule: str, step: int, k: int, seeds: int) -> Series:
+    """The series of one row of the table literature."""
+    stem = f"vae_z={z}" if model == "VAE" else f"gmvae_z={z}_k=500"
+    flags = f"--z {z} --iter_max {step}"
+    first = 0
+    if k > 1:
+        stem += f"_train_iw={k}"
+        flags += f" --train_iw {k}"
+    if schedule == "cosine":
+        stem += f"_schedule=cosine-{step}"
+        flags += " --schedule cosine"
+    elif step > 20_000:  # with a constant rate the name does not tell the length
+        first = 100
+    return Series(stem, flags, step, seeds, first)
 
 
-def fail(message: str):
+LITERATURE = {("VAE", 10, "constant", 20_000, 1): VAE}  # by model, z, schedule, steps, k
+for *setting, seeds in [
+    ("VAE", 10, "constant", 120_000, 1, 1),
+    ("VAE", 10, "cosine", 20_000, 1, 3),
+    ("VAE", 10, "cosine", 120_000, 1, 1),
+    ("VAE", 50, "constant", 20_000, 1, 3),
+    ("VAE", 50, "constant", 120_000, 1, 1),
+    ("VAE", 50, "cosine", 20_000, 1, 3),
+    ("VAE", 50, "cosine", 60_000, 1, 1),
+    ("VAE", 50, "cosine", 120_000, 1, 3),
+    ("VAE", 50, "cosine", 480_000, 1, 1),
+    ("VAE", 50, "cosine", 120_000, 5, 2),
+    ("VAE", 50, "cosine", 120_000, 50, 1),
+    ("GMVAE", 50, "cosine", 120_000, 1, 1),
+]:
+    LITERATURE[tuple(setting)] = beside_literature(*setting, seeds)
+
+
+def seeds_of(series: Series, stage: str) -> range:
+    return range(min(series.seeds, DEEP_SEEDS) if stage == "deep" else series.seeds)
+
+
+def is_done(run: dict, stage: str) -> bool:
+    """Whether a run's results.json, or its entry in figures.json, has the metrics of a stage."""
+    metrics = run.get(STAGES[stage].part, {})
+    if STAGES[stage].metric:
+        return STAGES[stage].metric in metrics
+    return len(metrics) > 0
+
+
+def needed(names: Iterable[str]) -> dict[Series, list[str]]:
+    """The series that these tables need, each with its stages in order."""
+    runs = {}
+    for name in names:
+        for series, stages in TABLES[name][1]:
+            known = runs.setdefault(series, [])
+            known += [stage for stage in stages.split() if stage not in known]
+    return runs
+
+
+def to_do(series: Series, stage: str) -> list[int]:
+    """The seeds that lack the metrics of a stage."""
+    return [seed for seed in seeds_of(series, stage) if not is_done(results(series, seed), stage)]
+
+
+def command(series: Series, stage: str, args: argparse.Namespace) -> list[str]:
+    """The command line of a stage, from the first seed on that lacks it."""
+    begin = to_do(series, stage)[0]
+    script, *flags = series.words(begin)
+    words = [sys.executable, str(ROOT / script), *flags, *STAGES[stage].flags.split()]
+    words += ["--runs", str(len(seeds_of(series, stage)) - begin), "--jobs", args.jobs]
+    words += ["--data", series.data]
+    if args.data_dir is not None:
+        words += ["--data_dir", args.data_dir]
+    if args.device is not None:
+        words += ["--device", args.device]
+    return words
+
+
+def run_all(args: argparse.Namespace) -> int:
+    """Run each stage that a seed lacks; return the exit code, that of a signal where one came."""
+    code = 0
+    with signals.collected() as caught:
+        for series, stages in needed(args.only).items():
+            for stage in stages:
+                if not to_do(series, stage):
+                    continue
+                ended = run_script(command(series, stage, args), caught)
+                if ended in (129, 130, 143):
+                    message = "stopped, the runs' states are saved: the same command resumes"
+                    print(message, file=sys.stderr)
+                    return ended
+                left = to_do(series, stage)
+                for seed in left:
+                    print(f"{series.name(seed)}: {stage} FAILED, {why_not(series, seed, ended)}")
+                if left or ended != 0:
+                    code = 1
+                if len(left) == len(seeds_of(series, stage)):
+                    break  # the other stages need what this one did not give
+    return code
+
+
+def run_script(words: list[str], caught: list[int]) -> int:
+    """Run a script to its end; return its exit code, or 128 + the number of a signal caught here.
+
+    It is out of reach of the terminal's signals. It gets those that were caught, each once: at a
+    second Ctrl-C it may end without a save.
+    """
+    if not caught:
+        print(f"\n$ {shlex.join(words)}", flush=True)
+        process = subprocess.Popen(words, start_new_session=True)
+        handed_on = 0
+        while process.poll() is None:
+            time.sleep(0.1)
+            if handed_on < len(caught):
+                process.send_signal(caught[handed_on])
+                handed_on += 1
+    if caught:
+        return 128 + caught[0]
+    if process.returncode < 0:  # a signal ended it, before or after it could handle one
+        return 128 - process.returncode
+    return process.returncode
+
+
+def why_not(series: Series, seed: int, code: int) -> str:
+    """Why a run lacks metrics after its script ended with that exit code."""
+    if code != 0:
+        return f"exit code {code}"
+    stored = read_json(Path("logs", series.name(seed), "results.json"))
+    about = f"{stored.get('data')}, {stored.get('test_images')} test images"
+    return f"its figures do not count: {about}, step {stored.get('step')}"
+
+
+# ---------------------------------------------------------------------------------------------
+# From logs/ to docs/figures.json
+
+
+def fail(message: str) -> NoReturn:
     print(f"reproduce.py: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def read_json(path: Path) -> dict:
-    """What a JSON file holds, or nothing where it is not there or damaged."""
+    """What a JSON file holds, or nothing where it is missing or damaged."""
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
-
-
-def put(path: Path, text: str) -> None:
-    """Write a file whole: a reader, and whoever is stopped while writing, has the old one or the new one."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text)
-    beside.replace(path)
+    return content if isinstance(content, dict) else {}
 
 
 def read_csv(path: Path) -> list[dict[str, float]]:
-    lines = csv.DictReader(path.read_text().splitlines() if path.exists() else [])
-    return [{key: float(value) for key, value in line.items()} for line in lines]
-
-
-def done(results: dict, stage: str) -> bool:
-    """Whether a run has the figures of a stage."""
-    _, part, key, _ = STAGES[stage]
-    return key in results.get(part, {}) if key else bool(results.get(part))
+    if not path.exists():
+        return []
+    rows = []
+    for line in csv.DictReader(path.read_text().splitlines()):
+        rows.append({key: float(value) for key, value in line.items()})
+    return rows
 
 
 def results(series: Series, seed: int) -> dict:
-    """The results.json of a run where it counts: real data, all its test images, the last step, default settings."""
-    found, made = (
-        read_json(Path("logs", series.name(seed), f"{file}.json")) for file in ("results", "config")
-    )
-    real = (found.get("data"), found.get("test_images")) == REAL[series.data]
-    real = (
-        real
-        and found.get("evaluated_on", "test split") == "test split"
-        and found.get("step") == series.step
-    )
-    real = real and all(isinstance(found.get(part, {}), dict) for part in PARTS)
-    return (
-        found
-        if real and (made.get("seed", seed), made.get("batch_size", 100)) == (seed, 100)
-        else {}
-    )
+    """The results.json of a run where it counts, or nothing.
+
+    It counts with real data, all its test images, the last step and default settings.
+    """
+    folder = Path("logs", series.name(seed))
+    stored = read_json(folder / "results.json")
+    settings = {"seed": seed, "batch_size": 100, "evaluated_on": "test split"}
+    wanted = {**REAL[series.data], **settings, "step": series.step}
+    found = {**settings, **read_json(folder / "config.json"), **stored}
+    counts = all(found.get(key) == wanted[key] for key in wanted)
+    intact = all(isinstance(stored.get(part, {}), dict) for part in PARTS)
+    return stored if counts and intact else {}
 
 
 def entry(series: Series, seed: int) -> dict:
-    """What docs/figures.json holds of a run, but for the machine; nothing where the run does not count."""
-    if not (found := results(series, seed)):
+    """What docs/figures.json holds of a run, but for the device; nothing where it does not count."""
+    stored = results(series, seed)
+    if not stored:
         return {}
     folder = Path("logs", series.name(seed))
-    rows = {line["step"]: line for line in read_csv(folder / "metrics.csv")}
-    kept = ("data", "step", "test_images", *PARTS, "per_digit_accuracy")
-    made = {"flags": f"{series.script} {series.flags} --run {seed}".replace("  ", " ")}
-    made |= {key: found[key] for key in kept if key in found}
-    made |= {"torch": read_json(folder / "config.json").get("torch")}
-    if rows:
-        times = pairwise([(0, 0), *((step, line["seconds"]) for step, line in rows.items())])
-        made["time"] = {
-            "ms": round(1000 * median((t - s) / (n - m) for (m, s), (n, t) in times), 2)
-        }
-    if series is FSVAE:
-        tests = read_csv(folder / "test.csv")
-        made["tests"] = [
-            test | {"training": rows[test["step"]]["nelbo"]}
-            for test in tests
-            if test["step"] in rows
-        ]
+    config = read_json(folder / "config.json")
+    made = {"flags": shlex.join(series.words(seed)), "torch": config.get("torch")}
+    for key in ["data", "step", "test_images", *PARTS, "per_digit_accuracy"]:
+        if key in stored:
+            made[key] = stored[key]
+    metrics = {row["step"]: row for row in read_csv(folder / "metrics.csv")}
+    if metrics:
+        made["time"] = time_of(metrics, config)
+    if series == FSVAE:
+        made["tests"] = []
+        for test in read_csv(folder / "test.csv"):
+            if test["step"] in metrics:
+                made["tests"].append({**test, "training": metrics[test["step"]]["nelbo"]})
     return made
 
 
-def stored() -> dict:
-    """What docs/figures.json holds: runs by name."""
+def time_of(metrics: dict[float, dict], config: dict) -> dict[str, float]:
+    """The median milliseconds of a step, and the minutes of the training, by cores or devices."""
+    points = [(0, 0), *((step, row["seconds"]) for step, row in metrics.items())]
+    steps = []
+    for (step_before, before), (step, seconds) in pairwise(points):
+        steps.append(1000 * (seconds - before) / (step - step_before))
+    cores = config.get("threads", 1) if config.get("device", "cpu") == "cpu" else 1
+    return {"ms": round(median(steps), 2), "minutes": round(points[-1][1] * cores / 60, 1)}
+
+
+def device_name(series: Series, seed: int) -> str:
+    """The kind of this machine's CPU, or the name of its GPU, where the run was trained on that."""
+    import torch  # only here, for the tables need no torch
+
+    config = read_json(Path("logs", series.name(seed), "config.json"))
+    device = config.get("device", "cpu")
+    if device == "cpu":
+        return torch.backends.cpu.get_cpu_capability()
+    if device == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return device
+
+
+def stored_figures() -> dict[str, dict]:
+    """What docs/figures.json holds: an entry a run, by name."""
     known = read_json(FIGURES)
-    if FIGURES.exists() and not (known and all(isinstance(run, dict) for run in known.values())):
+    intact = len(known) > 0 and all(isinstance(run, dict) for run in known.values())
+    if FIGURES.exists() and not intact:
         fail(f"{FIGURES} is damaged: put an intact copy in its place")
     return known
 
 
 def merged(known: dict, made: dict) -> dict:
-    """A run's entry, and what was known of the same weights before and logs/ does not hold any more."""
-    old, now = known.get("figures", {}), made.get("figures", {})
-    if not any(key in old for key in now) or any(old.get(key, now[key]) != now[key] for key in now):
+    """A new entry, with what was known of the same weights and logs/ does not hold any more."""
+    before = known.get("figures", {})
+    now = made.get("figures", {})
+    both = [key for key in now if key in before]
+    if not both or any(before[key] != now[key] for key in both):
         return made
-    return known | {
-        key: known.get(key, {}) | new if isinstance(new, dict) else new for key, new in made.items()
-    }
+    result = dict(known)
+    for key, value in made.items():
+        result[key] = {**known.get(key, {}), **value} if isinstance(value, dict) else value
+    return result
 
 
-def collect(runs: dict) -> dict:
-    """docs/figures.json, brought up to date with the runs in logs/; a new one is of this machine's kind of CPU."""
-    known = stored()
-    there = {series.name(seed): made for series, seed in runs if (made := entry(series, seed))}
-    there = {name: merged(known.get(name, {}), made) for name, made in there.items()}
-    new = {name: made for name, made in there.items() if made != known.get(name)}
-    if new:
-        import torch  # only here: the tables need no torch
-
-        cpu = {"cpu": torch.backends.cpu.get_cpu_capability()}
-        known |= {name: cpu | made for name, made in new.items()}
-        lines = ",\n".join(
-            f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known)
-        )
-        put(FIGURES, f"{{\n{lines}\n}}\n")
-    kept = (
-        f"the others are those of {FIGURES.name}"
-        if len(there) < len(runs)
-        else "all of the tables'"
-    )
-    print(
-        f"{len(there)} of {len(runs)} runs are in logs/, {len(new)} of them new or changed in {FIGURES.name}; {kept}"
-    )
+def collect(names: Iterable[str]) -> dict[str, dict]:
+    """docs/figures.json, brought up to date with the runs of these tables in logs/."""
+    known = stored_figures()
+    total = 0
+    present = 0
+    changed = 0
+    for series in needed(names):
+        total += series.seeds
+        for seed in range(series.seeds):
+            made = entry(series, seed)
+            if not made:
+                continue
+            present += 1
+            name = series.name(seed)
+            made = merged(known.get(name, {}), made)
+            if made != known.get(name):
+                changed += 1
+                known[name] = {"device": device_name(series, seed), **made}
+    if changed:
+        lines = [f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known)]
+        files.write(FIGURES, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    print(f"{present} of {total} runs are in logs/, {changed} of them new in {FIGURES.name}")
     return known
 
 
-# ---- the runs
+# ---------------------------------------------------------------------------------------------
+# Parts of tables: text made of the entries of docs/figures.json
 
 
-def needed(names: list[str]) -> dict[tuple[Series, int], list[str]]:
-    """The runs that these tables need, by series and seed, each with its stages in order."""
-    runs = {}
-    for name in names:
-        for series, stages in TABLES[name][1]:
-            for seed in range(series.seeds):
-                known = runs.setdefault((series, seed), [])
-                known += [
-                    stage
-                    for stage in stages.split()
-                    if stage not in known and (stage != "deep" or seed < 3)
-                ]
-    return runs
+class Column(NamedTuple):
+    title: str
+    metric: str
+    digits: int = 2
+    part: str = "figures"
 
 
-def minutes(series: Series, seed: int, stage: str) -> float:
-    """How long a stage will take one core, less the steps that are trained already."""
-    rows = read_csv(Path("logs", series.name(seed), "metrics.csv")) or [{"step": 0}]
-    return STAGES[stage][3] or series.minutes * max(0, 1 - rows[-1]["step"] / series.step)
-
-
-def command(series: Series, seed: int, stage: str, data_dir: str | None) -> list[str]:
-    words = f"{series.flags} --run {seed} --data {series.data} {STAGES[stage][0]}".split()
-    return [
-        sys.executable,
-        str(ROOT / series.script),
-        *words,
-        *(["--data_dir", data_dir] if data_dir else []),
-    ]
-
-
-def start(words: list[str], log: Path) -> subprocess.Popen:
-    """A process of its own, with one thread, out of reach of the terminal's Ctrl-C; what it says goes to log."""
-    with log.open("a") as file:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            words, env=environment, stdout=file, stderr=file, start_new_session=True
-        )
-
-
-def problem(series: Series, seed: int, stage: str, code: int) -> str:
-    """Why a process that ended with that exit code did not give the figures of its stage, or nothing."""
-    if code:
-        said = (
-            Path("logs", f"{series.name(seed)}.txt").read_text(errors="replace").strip()
-            or "it said nothing"
-        )
-        return f"exit code {code}: {said.splitlines()[-1]}"
-    kept = read_json(Path("logs", series.name(seed), "results.json"))
-    about = f"{kept.get('data')}, {kept.get('test_images')} test images, step {kept.get('step')}"
-    return "" if done(results(series, seed), stage) else f"its figures do not count: {about}"
-
-
-def run_all(runs: dict[tuple[Series, int], list[str]], jobs: int, data_dir: str | None) -> int:
-    """Run what is not done yet, the stages of a run one after another; return the exit code.
-
-    A signal ends it once the runs that are under way have saved their state.
-    """
-    left = {
-        run: [stage for stage in stages if not done(results(*run), stage)]
-        for run, stages in runs.items()
-    }
-    left = {run: stages for run, stages in left.items() if stages}
-    waiting, running, code, caught = list(left), {}, 0, []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
-            signal.signal(number, lambda *_: caught.append(True))
-
-    def time_left() -> str:
-        total = sum(minutes(*run, stage) for run, stages in left.items() for stage in stages)
-        return (
-            f"{total:.0f} core-minutes, about {total / 60 / max(1, min(jobs, len(left))):.1f} hours"
-        )
-
-    print(f"{len(left)} of {len(runs)} runs are to do, {jobs} at a time: {time_left()}", flush=True)
-    try:
-        while (waiting or running) and not caught:
-            while waiting and len(running) < jobs:
-                run = waiting.pop(0)
-                running[run] = start(
-                    command(*run, left[run][0], data_dir),
-                    Path("logs", f"{run[0].name(run[1])}.txt"),
-                )
-            time.sleep(0.1)
-            for run in [run for run, process in running.items() if process.poll() is not None]:
-                ended, stage = running.pop(run).returncode, left[run].pop(0)
-                if why := problem(*run, stage, ended):
-                    code, left[run] = 1, []
-                if left[run]:
-                    waiting.insert(0, run)
-                else:
-                    del left[run]
-                state = f"FAILED, {why}" if why else "done"
-                print(f"{run[0].name(run[1])}: {stage} {state}; left: {time_left()}", flush=True)
-    finally:  # nothing runs any more, but after a signal or an error
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
-    if caught and left:
-        print(
-            "stopped, the runs' states are saved; the same command goes on from there",
-            file=sys.stderr,
-        )
-        return 130
-    return code
-
-
-# ---- the tables: functions of docs/figures.json that return lines
+BOUNDS = [Column("NELBO", "nelbo"), Column("KL", "kl"), Column("Rec", "rec")]
+BOUNDS += [Column(f"IWAE-{m}", f"niwae_{m}") for m in (1, 10, 100, 1000)]
+IWAE_5000 = Column("IWAE-5000, whole split", "niwae_5000", part="figures_all")
+# Burda, Grosse, Salakhutdinov 2016, table 1, one stochastic layer: -L_5000 of the whole test split,
+# by model and k; z = 50, 200 units, 3,280 passes, images binarised anew each time.
+BURDA = {("VAE", 1): 86.76, ("VAE", 5): 86.47, ("VAE", 50): 86.35}
+BURDA |= {("IWAE", 1): 86.76, ("IWAE", 5): 85.54, ("IWAE", 50): 84.78}
 
 
 def found(known: dict, series: Series, stage: str) -> dict[int, dict]:
-    """The stored runs of a series that have the figures of a stage, by seed."""
-    runs = {seed: known.get(series.name(seed), {}) for seed in range(series.seeds)}
-    return {seed: run for seed, run in runs.items() if done(run, stage)}
+    """The entries of a series that have the metrics of a stage, by seed."""
+    runs = {seed: known.get(series.name(seed), {}) for seed in seeds_of(series, stage)}
+    return {seed: run for seed, run in runs.items() if is_done(run, stage)}
 
 
-def values(runs: dict[int, dict], key: str, part: str = "figures") -> list[float]:
-    found = [run.get(part, {}) for run in runs.values()]
-    if key == "gap":
-        return [
-            figures["nelbo"] - figures["niwae_1000"] for figures in found if "niwae_1000" in figures
-        ]
-    return [figures[key] for figures in found if key in figures]
+def values(runs: dict[int, dict], column: Column) -> list[float]:
+    """A metric of those runs that have it; gap is the distance from NELBO to IWAE-1000."""
+    numbers = []
+    for run in runs.values():
+        metrics = run.get(column.part, {})
+        if column.metric in metrics:
+            numbers.append(metrics[column.metric])
+        elif column.metric == "gap" and "niwae_1000" in metrics:
+            numbers.append(metrics["nelbo"] - metrics["niwae_1000"])
+    return numbers
 
 
 def mean(numbers: list[float], digits: int = 2, runs: int = 0) -> str:
     """Mean and standard error, and of how many runs where that is not all of them."""
-    error = f" ± {stdev(numbers) / sqrt(len(numbers)):.{digits}f}" if len(numbers) > 1 else ""
-    some = f" ({len(numbers)})" if runs > len(numbers) else ""
-    return f"{fmean(numbers):.{digits}f}{error}{some}" if numbers else ""
+    if not numbers:
+        return ""
+    text = f"{fmean(numbers):.{digits}f}"
+    if len(numbers) > 1:
+        text += f" ± {stdev(numbers) / sqrt(len(numbers)):.{digits}f}"
+    if len(numbers) < runs:
+        text += f" ({len(numbers)})"
+    return text
 
 
 def deviation(numbers: list[float], digits: int = 2) -> str:
     return f"{stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
 
 
-def count(runs: dict | list, series: Series) -> str:
-    return str(series.seeds) if len(runs) == series.seeds else f"{len(runs)} of {series.seeds}"
+def middle(numbers: list[float], digits: int) -> str:
+    return f"{median(numbers):,.{digits}f}" if numbers else ""
+
+
+def count(number: int, all_runs: int) -> str:
+    return str(number) if number == all_runs else f"{number} of {all_runs}"
 
 
 def row(*cells) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def head(*cells) -> list[str]:
-    return [row(*cells), "|" + "---|" * len(cells)]
+def head(*titles) -> list[str]:
+    return [row(*titles), "|" + "---|" * len(titles)]
 
 
-def averages(known: dict, first: str, rows: dict, stage: str, columns: list, spread: bool = False):
-    """A row per series: means of columns (title, key, digits, key in results.json); spread: and standard deviations."""
-    lines = head(first, *(title for title, *_ in columns), "seeds")
+def cells_of(runs: dict[int, dict], columns: list[Column]) -> list[str]:
+    return [mean(values(runs, column), column.digits, len(runs)) for column in columns]
+
+
+def averages(
+    known: dict,
+    first: str,
+    rows: dict,
+    stage: str,
+    columns: list[Column],
+    spread: bool = False,
+) -> list[str]:
+    """A row a series with the means of columns; spread: and one with their standard deviations."""
+    lines = head(first, *(column.title for column in columns), "seeds")
     for label, series in rows.items():
         runs = found(known, series, stage)
-        numbers = [(values(runs, key, *part), digits) for _, key, digits, *part in columns]
-        lines.append(
-            row(label, *(mean(*column, len(runs)) for column in numbers), count(runs, series))
-        )
-        lines += [row("s.d.", *(deviation(*column) for column in numbers), "")] if spread else []
+        lines.append(row(label, *cells_of(runs, columns), count(len(runs), series.seeds)))
+        if spread:
+            cells = [deviation(values(runs, column), column.digits) for column in columns]
+            lines.append(row("s.d.", *cells, ""))
     return lines
+
+
+def times_of_one_device(runs: dict, device: str | None) -> dict:
+    """The runs without the times of those on another device: times of two are never averaged."""
+    kept = {}
+    for key, run in runs.items():
+        kept[key] = run if run.get("device") == device else {**run, "time": {}}
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------
+# The tables
 
 
 def summary(known: dict) -> list[str]:
-    return averages(
-        known, "", BINARY, "subset", [(title, key, 2) for key, title in BOUNDS.items()], spread=True
-    )
+    return averages(known, "", BINARY, "subset", BOUNDS, spread=True)
 
 
 def per_seed(known: dict, model: str) -> list[str]:
-    columns = [(title, key, 2) for key, title in BOUNDS.items()]
-    lines = averages(known, "seed", {"**mean**": BINARY[model]}, "subset", columns, spread=True)
+    lines = averages(known, "seed", {"**mean**": BINARY[model]}, "subset", BOUNDS, spread=True)
+    each = []
     for seed, run in found(known, BINARY[model], "subset").items():
-        lines.insert(-2, row(seed, *(f"{run['figures'][key]:.2f}" for key in BOUNDS), ""))
-    return lines
+        each.append(row(seed, *cells_of({seed: run}, BOUNDS), ""))
+    return lines[:2] + each + lines[2:]
 
 
 def iwae(known: dict) -> list[str]:
-    columns = [(title, key, 2) for key, title in BOUNDS.items()] + [("NELBO - IWAE-1000", "gap", 2)]
-    columns += [(f"ESS of {m}", f"ess_{m}", 1) for m in (10, 100, 1000)]
-    lines, less = averages(known, "", BINARY, "subset", columns), []
-    for _, key, digits in columns:
-        vae, gmvae = (values(found(known, series, "subset"), key) for series in BINARY.values())
-        less.append(f"{fmean(gmvae) - fmean(vae):+.{digits}f}" if vae and gmvae else "")
-    return [*lines, row("GMVAE - VAE", *less, "")]
+    columns = [*BOUNDS, Column("NELBO - IWAE-1000", "gap")]
+    columns += [Column(f"ESS of {m}", f"ess_{m}", 1) for m in (10, 100, 1000)]
+    vae = found(known, VAE, "subset")
+    gmvae = found(known, GMVAE, "subset")
+    cells = []
+    for column in columns:
+        difference = ""
+        if vae and gmvae:
+            number = fmean(values(gmvae, column)) - fmean(values(vae, column))
+            difference = f"{number:+.{column.digits}f}"
+        cells.append(difference)
+    return [*averages(known, "", BINARY, "subset", columns), row("GMVAE - VAE", *cells, "")]
 
 
 def whole(known: dict) -> list[str]:
-    columns = [(title, key, 2, "figures_all") for key, title in BOUNDS.items()]
-    columns += [("IWAE-5000", "niwae_5000", 2, "figures_all")]
+    columns = [column._replace(part="figures_all") for column in BOUNDS]
+    columns.append(IWAE_5000._replace(title="IWAE-5000"))
     lines = averages(known, "", BINARY, "whole", columns, spread=True)
-    theirs = [(kind, k, figure) for kind, figures in BURDA.items() for k, figure in figures.items()]
-    return lines + [
-        row(f"Burda et al. 2016, {kind}, k = {k}", *[""] * 7, figure, "")
-        for kind, k, figure in theirs
-    ]
-
-
-def z(ours: list[float], theirs: float, spread: float | None) -> str:
-    """The difference of the means over its standard error; theirs is the mean of 100 runs."""
-    error = sqrt(stdev(ours) ** 2 / len(ours) + spread**2 / 100) if spread and len(ours) > 1 else 0
-    return f"{(fmean(ours) - theirs) / error:+.1f}" if error else ""
-
-
-def sheet(known: dict) -> list[str]:
-    draws = {"": "figures", ", 2018": "figures_2018", ", torch 0.4": "figures_torch-0.4"}
-    titles = [*(f"ours{draw}" for draw in draws), "sheet", "s.d.", *(f"z{draw}" for draw in draws)]
-    lines = head("", *titles, "accepted", "seeds inside", "published")
-    for model, key, (theirs, spread), (low, high), published in OTHERS:
-        series, stage, digits = SHEET[model]
-        runs = found(known, series, stage)
-        if ours := values(runs, key):
-            numbers = [values(runs, key, part) for part in draws.values()]
-            cells = [*(mean(some, digits, len(ours)) for some in numbers), theirs, spread or ""]
-            cells += [*(z(some, theirs, spread) for some in numbers), f"{low} to {high}"]
-            inside = [str(sum(low <= value <= high for value in some)) for some in numbers if some]
-            cells += [f"{', '.join(inside)} of {len(ours)}"]
-            cells += [f"{min(published)} to {max(published)}" if published else ""]
-            lines.append(row(f"{model} {BOUNDS.get(key, key)}", *cells))
+    for (kind, k), figure in BURDA.items():
+        lines.append(row(f"Burda et al. 2016, {kind}, k = {k}", *[""] * 7, figure, ""))
     return lines
 
 
 def ssvae(known: dict) -> list[str]:
+    accuracy = Column("accuracy", "accuracy", 4)
     lines = head("", "accuracy", "s.d.", *(f"seed {seed}" for seed in range(5)))
     for gw, series in SSVAE.items():
         runs = found(known, series, "train")
-        each = [
-            f"{runs[seed]['figures']['accuracy']:.4f}" if seed in runs else ""
-            for seed in range(series.seeds)
-        ]
-        numbers = values(runs, "accuracy")
-        lines.append(row(f"gw = {gw}", mean(numbers, 4), deviation(numbers, 4), *each))
+        numbers = values(runs, accuracy)
+        cells = [mean(numbers, 4), deviation(numbers, 4)]
+        for seed in range(series.seeds):
+            cells.append(mean(values({seed: runs.get(seed, {})}, accuracy), 4))
+        lines.append(row(f"gw = {gw}", *cells))
     return lines
 
 
 def per_digit(known: dict) -> list[str]:
     lines = head("digit", *range(10), "seeds")
     for gw, series in SSVAE.items():
-        if runs := found(known, series, "train"):
-            columns = zip(*(run["per_digit_accuracy"] for run in runs.values()), strict=True)
-            lines.append(
-                row(
-                    f"gw = {gw}",
-                    *(f"{fmean(column):.3f}" for column in columns),
-                    count(runs, series),
-                )
-            )
+        runs = found(known, series, "train")
+        if runs:
+            digits = zip(*(run["per_digit_accuracy"] for run in runs.values()), strict=True)
+            cells = [f"{fmean(digit):.3f}" for digit in digits]
+            lines.append(row(f"gw = {gw}", *cells, count(len(runs), series.seeds)))
     return lines
 
 
 def labels(known: dict) -> list[str]:
-    lines = head(
-        "labels",
-        "gw = 0 (seeds)",
-        "gw = 1 (seeds)",
-        "M2, Kingma et al. 2014",
-        "M2, Pyro's tutorial",
-    )
-    for n, pyro in PYRO.items():
-        runs = {series: found(known, series, "train") for series in (LABELS[n, 0], LABELS[n, 1])}
-        cells = [
-            f"{mean(values(some, 'accuracy'), 4)} ({count(some, series)})"
-            for series, some in runs.items()
-        ]
-        m2 = f"{1 - M2_ERROR[n][0] / 100:.4f} ± {M2_ERROR[n][1] / 100:.4f}" if n in M2_ERROR else ""
-        lines.append(row(n, *cells, m2, pyro))
+    m2_error = {100: (11.97, 1.71), 1000: (3.6, 0.56)}  # percent; Kingma et al. 2014, table 1
+    # Accuracy of M2, by Pyro's tutorial on semi-supervised VAEs.
+    pyro = {100: 0.9319, 600: 0.9437, 1000: 0.9487, 3000: 0.9582}
+    titles = ["gw = 0 (seeds)", "gw = 1 (seeds)", "M2, Kingma et al. 2014", "M2, Pyro's tutorial"]
+    lines = head("labels", *titles)
+    for n, theirs in pyro.items():
+        cells = []
+        for series in (LABELS[n, 0], LABELS[n, 1]):
+            numbers = values(found(known, series, "train"), Column("", "accuracy"))
+            cells.append(f"{mean(numbers, 4)} ({count(len(numbers), series.seeds)})")
+        m2 = ""
+        if n in m2_error:
+            error, spread = m2_error[n]
+            m2 = f"{1 - error / 100:.4f} ± {spread / 100:.4f}"
+        lines.append(row(n, *cells, m2, theirs))
     return lines
 
 
-def beta(known: dict) -> list[str]:
-    columns = [("KL", "kl", 2), ("Rec", "rec", 2), ("NELBO (beta = 1 on all)", "nelbo", 2)]
-    columns += [("IWAE-1000", "niwae_1000", 2), ("active dimensions", "active", 1)]
-    columns += [("NELBO, whole split", "nelbo", 2, "figures_all")]
-    columns += [("IWAE-1000, whole split", "niwae_1000", 2, "figures_all")]
+def betas(known: dict) -> list[str]:
+    columns = [
+        Column("KL", "kl"),
+        Column("Rec", "rec"),
+        Column("NELBO (beta = 1 on all)", "nelbo"),
+        Column("IWAE-1000", "niwae_1000"),
+        Column("active dimensions", "active", 1),
+        Column("NELBO, whole split", "nelbo", part="figures_all"),
+        Column("IWAE-1000, whole split", "niwae_1000", part="figures_all"),
+    ]
     return averages(known, "beta", BETA, "subset", columns)
 
 
 def train_iw(known: dict) -> list[str]:
     columns = [
-        ("NELBO, subset", "nelbo", 2),
-        ("IWAE-1000, subset", "niwae_1000", 2),
-        ("ESS of 1000", "ess_1000", 1),
+        Column("NELBO, subset", "nelbo"),
+        Column("IWAE-1000, subset", "niwae_1000"),
+        Column("ESS of 1000", "ess_1000", 1),
+        Column("ms per step", "ms", 0, "time"),
+        IWAE_5000,
     ]
-    columns += [
-        ("ms per step", "ms", 0, "time"),
-        ("IWAE-5000, whole split", "niwae_5000", 2, "figures_all"),
+    timed = times_of_one_device(known, known.get(VAE.name(0), {}).get("device"))
+    lines = averages(timed, "k", TRAIN_IW, "subset", columns)
+    for k in TRAIN_IW:
+        lines.append(row(f"Burda et al. 2016, {k}", *[""] * 4, BURDA["IWAE", k], ""))
+    return lines
+
+
+def literature(known: dict) -> list[str]:
+    columns = [
+        Column("NELBO, whole split", "nelbo", part="figures_all"),
+        IWAE_5000,
+        Column("ESS of 5000", "ess_5000", 1, "figures_all"),
     ]
-    cpu = known.get(VAE.name(0), {}).get("cpu")  # times are of one kind of CPU
-    known = {
-        name: run if run.get("cpu") == cpu else run | {"time": {}} for name, run in known.items()
-    }
-    lines = averages(known, "k", TRAIN_IW, "subset", columns)
-    return lines + [
-        row(f"Burda et al. 2016, {k}", *[""] * 4, figure, "") for k, figure in BURDA["IWAE"].items()
+    times = [
+        Column("core-minutes (GPU: minutes)", "minutes", 0, "time"),
+        Column("ms per step", "ms", 1, "time"),
     ]
+    titles = [column.title for column in columns + times]
+    titles.insert(len(columns), "seeds")
+    lines = head("model", "z", "schedule", "passes", "k", *titles, "device")
+    for (model, z, schedule, step, k), series in LITERATURE.items():
+        runs = found(known, series, "deep")
+        if runs:
+            devices = sorted({run["device"] for run in runs.values()})
+            cells = cells_of(runs, columns)
+            cells.append(count(len(runs), len(seeds_of(series, "deep"))))
+            cells += cells_of(times_of_one_device(runs, devices[0]), times)
+            passes = step * 100 // 60_000
+            lines.append(row(model, z, schedule, passes, k, *cells, ", ".join(devices)))
+    for kind, k in [("VAE", 1), ("IWAE", 5), ("IWAE", 50)]:
+        model = f"Burda et al. 2016, {kind}"
+        cells = ["", BURDA[kind, k], *[""] * 5]
+        lines.append(row(model, 50, "falling", 3280, k, *cells))
+    return lines
 
 
 def fsvae(known: dict) -> list[str]:
-    runs = found(known, FSVAE, "train")
-    lines = head(
-        "step", "NELBO, training (100 steps)", "NELBO, test", "KL, test", "Rec, test", "seeds"
-    )
-    tests = [test for run in runs.values() for test in run["tests"]]
-    for step in sorted(
-        {
-            test["step"]
-            for test in tests
-            if test["step"] in (2000, 4000) or test["step"] % 10_000 == 0
-        }
-    ):
-        some = [test for test in tests if test["step"] == step]
-        cells = [
-            mean([test[key] for test in some], 1) for key in ("training", "nelbo", "kl", "rec")
-        ]
-        lines.append(row(f"{step:,.0f}", *cells, count(some, FSVAE)))
+    titles = ["NELBO, training (100 steps)", "NELBO, test", "KL, test", "Rec, test"]
+    lines = head("step", *titles, "seeds")
+    by_step = {}
+    for run in found(known, FSVAE, "train").values():
+        for test in run["tests"]:
+            by_step.setdefault(test["step"], []).append(test)
+    for step in sorted(by_step):
+        if step in (2000, 4000) or step % 10_000 == 0:
+            cells = []
+            for key in ("training", "nelbo", "kl", "rec"):
+                cells.append(mean([test[key] for test in by_step[step]], 1))
+            lines.append(row(f"{step:,.0f}", *cells, count(len(by_step[step]), FSVAE.seeds)))
+    return lines
+
+
+class Sheet(NamedTuple):
+    """A figure of the course's own solution sheet of autumn 2021, and what stands beside it."""
+
+    model: str
+    metric: str
+    mean: float  # over 100 runs
+    deviation: float | None
+    low: float  # of what its graders accept
+    high: float
+    published: str = ""  # of other people's checkpoints, evaluated anew on the same images
+
+
+SHEET = [
+    Sheet("VAE", "nelbo", 101.5, 0.55, 98, 102, "101.04 to 101.82"),
+    Sheet("VAE", "kl", 19.29, 0.17, 17.5, 21.5),
+    Sheet("VAE", "rec", 82.57, 0.56, 80, 84),
+    Sheet("VAE", "niwae_1", 99.83, 0.55, 96.2, 101.8),
+    Sheet("VAE", "niwae_10", 97.13, 0.48, 94.5, 99.5),
+    Sheet("VAE", "niwae_100", 96.1, 0.42, 93.5, 98.5),
+    Sheet("VAE", "niwae_1000", 95.62, 0.42, 92.2, 97.8, "96.79 to 97.25"),
+    Sheet("GMVAE", "nelbo", 97.22, 0.54, 94, 100, "98.46 to 99.19"),
+    Sheet("GMVAE", "kl", 17.65, 0.18, 16.5, 18.5),
+    Sheet("GMVAE", "rec", 79.58, 0.6, 77.5, 82.5),
+    Sheet("GMVAE", "niwae_1", 97.22, 0.54, 94, 100),
+    Sheet("GMVAE", "niwae_10", 94.74, 0.48, 92.05, 97.95),
+    Sheet("GMVAE", "niwae_100", 93.8, 0.47, 91.1, 96.9),
+    Sheet("GMVAE", "niwae_1000", 93.38, 0.46, 90.3, 95.7, "94.11 to 95.54"),
+    Sheet("SSVAE gw = 0", "accuracy", 0.735, None, 0.705, 0.765, "0.736 to 0.752"),
+    Sheet("SSVAE gw = 1", "accuracy", 0.934, 0.0139, 0.885, 0.955, "0.942 to 0.949"),
+]
+
+
+def z_score(ours: list[float], sheet: Sheet) -> str:
+    """The difference of the means over its standard error."""
+    if sheet.deviation is None or len(ours) < 2:
+        return ""
+    error = sqrt(stdev(ours) ** 2 / len(ours) + sheet.deviation**2 / 100)
+    return f"{(fmean(ours) - sheet.mean) / error:+.1f}"
+
+
+def beside_sheet(known: dict) -> list[str]:
+    draws = {"": "figures", ", 2018": "figures_2018", ", torch 0.4": "figures_torch-0.4"}
+    ours = [f"ours{draw}" for draw in draws]
+    scores = [f"z{draw}" for draw in draws]
+    lines = head("", *ours, "sheet", "s.d.", *scores, "accepted", "seeds inside", "published")
+    titles = {column.metric: column.title for column in BOUNDS}
+    for sheet in SHEET:
+        if sheet.model in BINARY:
+            runs = found(known, BINARY[sheet.model], "subset")
+            digits = 2
+        else:
+            runs = found(known, SSVAE[int(sheet.model[-1])], "train")
+            digits = 4
+        if not runs:
+            continue
+        means = []
+        scores = []
+        inside = []
+        for part in draws.values():
+            numbers = values(runs, Column("", sheet.metric, part=part))
+            means.append(mean(numbers, digits, len(runs)))
+            scores.append(z_score(numbers, sheet))
+            if numbers:
+                inside.append(str(sum(sheet.low <= number <= sheet.high for number in numbers)))
+        label = f"{sheet.model} {titles.get(sheet.metric, sheet.metric)}"
+        spread = "" if sheet.deviation is None else sheet.deviation
+        accepted = [f"{sheet.low} to {sheet.high}", f"{', '.join(inside)} of {len(runs)}"]
+        lines.append(row(label, *means, sheet.mean, spread, *scores, *accepted, sheet.published))
     return lines
 
 
 def speed(known: dict) -> list[str]:
-    found, ours = read_json(SPEED), ("textbook", "plain", "compiled", "products", "jax")
+    measured = read_json(SPEED)
     ratios = [("textbook", "plain"), ("textbook", "compiled"), ("jax", "compiled")]
-    titles = [
-        *ours[:3],
-        "matrix products",
-        "JAX",
-        *(" / ".join(pair).replace("jax", "JAX") for pair in ratios),
-    ]
+    titles = ["textbook", "plain", "compiled", "matrix products", "JAX"]
+    titles += ["textbook / plain", "textbook / compiled", "JAX / compiled"]
     lines = head("ms per step", *titles, "evaluation, s", "textbook", "MB", "textbook")
-    for kind, times in found.get("steps", {}).items():
-        cells = [f"{median(times[name]):.1f}" if name in times else "" for name in ours]
-        pairs = [zip(times.get(above, []), times[below]) for above, below in ratios]  # noqa: B905 (JAX may not be there)
-        cells += [
-            f"{median(some):.2f}" if (some := [a / b for a, b in pair]) else "" for pair in pairs
-        ]
+    for model, times in measured.get("steps", {}).items():
+        cells = []
+        for version in ("textbook", "plain", "compiled", "products", "jax"):
+            cells.append(middle(times.get(version, []), 1))
+        for above, below in ratios:
+            pairs = zip(times.get(above, []), times[below], strict=False)  # JAX may not be there
+            cells.append(middle([a / b for a, b in pairs], 2))
+        evaluation = measured["evaluation"].get(model, {})
         for key, digits in (("seconds", 1), ("megabytes", 0)):
-            runs = found["evaluation"].get(kind, {})
-            each = [[run[key] for run in runs.get(whose, [])] for whose in ("ours", "textbook")]
-            cells += [f"{median(numbers):,.{digits}f}" if numbers else "" for numbers in each]
-        lines.append(row(kind.upper(), *cells))
-    return lines
+            for whose in ("ours", "textbook"):
+                numbers = [run[key] for run in evaluation.get(whose, [])]
+                cells.append(middle(numbers, digits))
+        lines.append(row(model.upper(), *cells))
+    return [*lines, "", made_on([{**measured, "device": measured.get("capability")}])]
 
 
-BOTH = [(series, "train subset") for series in BINARY.values()]
-CLASSIFIERS = [(series, "train") for series in SSVAE.values()]
-TABLES = {  # what makes it, and the series and stages that it needs
-    "summary": (summary, BOTH),
-    "vae": (partial(per_seed, model="VAE"), BOTH[:1]),
-    "gmvae": (partial(per_seed, model="GMVAE"), BOTH[1:]),
-    "iwae": (iwae, BOTH),
-    "ssvae": (ssvae, CLASSIFIERS),
-    "digits": (per_digit, CLASSIFIERS),
-    "sheet": (
-        sheet,
-        [(series, "train subset 2018 0.4") for series in BINARY.values()] + CLASSIFIERS,
-    ),
-    "beta": (beta, [(series, "train subset whole") for series in BETA.values()]),
+def every(series: dict, stages: str) -> list[tuple[Series, str]]:
+    return [(each, stages) for each in series.values()]
+
+
+TABLES = {  # what makes it; the series that it needs, and their stages
+    "summary": (summary, every(BINARY, "train subset")),
+    "vae": (partial(per_seed, model="VAE"), [(VAE, "train subset")]),
+    "gmvae": (partial(per_seed, model="GMVAE"), [(GMVAE, "train subset")]),
+    "iwae": (iwae, every(BINARY, "train subset")),
+    "ssvae": (ssvae, every(SSVAE, "train")),
+    "digits": (per_digit, every(SSVAE, "train")),
+    "sheet": (beside_sheet, every(BINARY, "train subset 2018 0.4") + every(SSVAE, "train")),
+    "beta": (betas, every(BETA, "train subset whole")),
     "whole": (whole, [(VAE, "train whole deep"), (GMVAE, "train whole")]),
+    "literature": (literature, every(LITERATURE, "train deep")),
     "fsvae": (fsvae, [(FSVAE, "train")]),
-    "labels": (labels, [(series, "train") for series in LABELS.values()]),
-    "train_iw": (train_iw, [(series, "train subset deep") for series in TRAIN_IW.values()]),
+    "labels": (labels, every(LABELS, "train")),
+    "train_iw": (train_iw, every(TRAIN_IW, "train subset deep")),
     "speed": (speed, []),
 }
+
+
+def made_on(runs: list[dict]) -> str:
+    """A line that names the kinds of device and the versions of torch of these entries."""
+    devices = {run["device"] for run in runs if run.get("device")}
+    versions = {run["torch"].partition("+")[0] for run in runs if run.get("torch")}
+    return f"On {' and '.join(sorted(devices))}, torch {' and '.join(sorted(versions))}."
 
 
 def table(name: str, known: dict) -> list[str]:
     """The lines of a table, or one that says that it has no runs."""
     make, needs = TABLES[name]
-    if not needs or any(
-        found(known, series, stage) for series, stages in needs for stage in stages.split()
-    ):
+    if not needs:
         return make(known)
-    return [f"(no run of this table yet: `python docs/reproduce.py --only {name}`)"]
+    runs = []
+    for series, stages in needs:
+        for stage in stages.split():
+            runs += found(known, series, stage).values()
+    if not runs:
+        return [f"(no run of this table yet: `python docs/reproduce.py --only {name}`)"]
+    return [*make(known), "", made_on(runs)]
 
 
-# ---- the pages
+# ---------------------------------------------------------------------------------------------
+# The pages and their pictures
+
+MARKED = re.compile(r"^<!-- table (.*) -->\n((?:(?!<!-- ).*\n)*)(<!-- end -->)?", flags=re.M)
 
 
-def marked(page: Path, names: list[str]) -> tuple[list[str], list[tuple[str, int, int]]]:
-    """A page's lines, and of each of these tables its name and where its lines begin and end."""
-    lines, places = page.read_text().splitlines(), []
-    for at, line in enumerate(lines):
-        if mark := re.fullmatch(r"<!-- table (.*) -->", line):
-            rest = [
-                later for later in range(at + 1, len(lines)) if lines[later].startswith("<!-- ")
-            ]
-            if mark[1] not in TABLES:
-                fail(f"{page.name}:{at + 1}: there is no table {mark[1]}")
-            if not rest or lines[rest[0]] != "<!-- end -->":
-                fail(f"{page.name}:{at + 1}: table {mark[1]} has no <!-- end -->")
-            places += [(mark[1], at + 1, rest[0])] if mark[1] in names else []
-    return lines, places
+def renewed(page: Path, names: list[str], known: dict) -> tuple[str, list[str]]:
+    """A page with these tables made anew, and a line for each line of them that changed."""
+    text = page.read_text(encoding="utf-8")
+    differences = []
+
+    def renew(match: re.Match) -> str:
+        name, old, end = match.groups()
+        number = text.count("\n", 0, match.start()) + 1
+        if name not in TABLES:
+            fail(f"{page.name}:{number}: there is no table {name}")
+        if end is None:
+            fail(f"{page.name}:{number}: table {name} has no <!-- end -->")
+        if name not in names:
+            return match[0]
+        new = table(name, known)
+        for before, after in zip_longest(old.splitlines(), new, fillvalue="nothing"):
+            number += 1
+            if before != after:
+                place = f"{page.name}:{number}: table {name}"
+                differences.append(f"{place}: is {before}, would be {after}")
+        return "\n".join([f"<!-- table {name} -->", *new, "<!-- end -->"])
+
+    return MARKED.sub(renew, text), differences
 
 
 def write(names: list[str], known: dict) -> None:
-    """Put the tables between their markers."""
-    for page, (lines, places) in [
-        (page, marked(page, names)) for page in PAGES
-    ]:  # all are read before one is written
-        for name, begin, end in reversed(places):
-            lines[begin:end] = table(name, known)
-        put(page, "\n".join(lines) + "\n")
-        print(f"{page.name}: {', '.join(name for name, *_ in places) or 'no table'}")
+    """Put the tables between their markers; no page is written where one of them is wrong."""
+    texts = {page: renewed(page, names, known)[0] for page in PAGES}
+    for page, text in texts.items():
+        files.write(page, text.encode())
 
 
 def check(names: list[str], known: dict) -> int:
-    """Name each line of a table that write would change; return their number."""
-    count = 0
+    """Print each line that write would change; return their number."""
+    differences = []
     for page in PAGES:
-        lines, places = marked(page, names)
-        for name, begin, end in places:
-            for at, (old, new) in enumerate(
-                zip_longest(lines[begin:end], table(name, known), fillvalue="nothing")
-            ):
-                if old != new:
-                    count += 1
-                    print(f"{page.name}:{begin + at + 1}: table {name}: is {old}, would be {new}")
-    print(f"{count} difference{'s' * (count != 1)}")
-    return count
+        differences += renewed(page, names, known)[1]
+    print(
+        "\n".join([*differences, f"{len(differences)} difference{'s' * (len(differences) != 1)}"])
+    )
+    return len(differences)
 
 
-# ---- the pictures
+PICTURES = {  # in docs/: the series whose seed 0 drew it, and what it is called there
+    "vae-samples": (VAE, "samples"),
+    "gmvae-samples": (GMVAE, "samples"),
+    "gmvae-latent": (GMVAE, "latent"),
+    "ssvae-confusion": (SSVAE[1], "confusion"),
+    "ssvae-styles": (SSVAE[1], "styles"),
+    "fsvae-curves": (FSVAE, "curves"),
+    "fsvae-2000": (FSVAE, "samples-0002000"),
+    "fsvae-4000": (FSVAE, "samples-0004000"),
+    "fsvae-10000": (FSVAE, "samples-0010000"),
+    "fsvae-50000": (FSVAE, "samples-0050000"),
+}
 
 
-def pictures() -> None:
-    """Take the pictures that the pages show from the runs that count: street-view digits at half their size, and as
-    beta.png the first 40 samples of each beta, one below the other.
+def drawn(series: Series, name: str) -> Path | None:
+    """A picture of the seed 0 of a series, where that run counts and has drawn it."""
+    path = Path("logs", series.name(0), f"{name}.png")
+    return path if results(series, 0) and path.exists() else None
+
+
+def take_pictures() -> None:
+    """Put the pictures that the pages show into docs/.
+
+    Street-view digits are halved; beta.png has the first 40 samples of each beta, one below the
+    other.
     """
-    import numpy as np  # only here: the tables need neither
+    import numpy as np  # only here, for the tables need neither
     from matplotlib import image
 
-    def find(series: Series, name: str) -> Path | None:
-        path = Path("logs", series.name(0), f"{name}.png")
-        return path if results(series, 0) and path.exists() else None
-
-    if not any(find(*place) for place in PICTURES.values()):
-        print("no picture: no run that counts is in logs/")
-    for name, place in PICTURES.items():
-        if path := find(*place):
-            to = ROOT / "docs" / f"{name}.png"
-            if place[1].startswith("samples-"):
-                image.imsave(to, image.imread(path)[::2, ::2])
-            else:
-                to.write_bytes(path.read_bytes())
-            print(f"{to.name}: {path}")
-    if all(paths := [find(series, "samples") for series in BETA.values()]):
-        rows = [
-            np.pad(image.imread(path)[:112], ((0, 8), (0, 0), (0, 0)), constant_values=1)
-            for path in paths
-        ]
+    taken = []
+    for name, (series, there) in PICTURES.items():
+        path = drawn(series, there)
+        if path is None:
+            continue
+        taken.append(f"{name}.png")
+        if there.startswith("samples-"):
+            image.imsave(ROOT / "docs" / f"{name}.png", image.imread(path)[::2, ::2])
+        else:
+            files.write(ROOT / "docs" / f"{name}.png", path.read_bytes())
+    paths = [drawn(series, "samples") for series in BETA.values()]
+    if None not in paths:
+        taken.append("beta.png")
+        border = ((0, 8), (0, 0), (0, 0))
+        rows = [np.pad(image.imread(path)[:112], border, constant_values=1) for path in paths]
         image.imsave(ROOT / "docs" / "beta.png", np.concatenate(rows))
-        print(f"beta.png: samples.png of {', '.join(series.name(0) for series in BETA.values())}")
+    print(f"pictures in docs/: {', '.join(taken) or 'none, for no run that counts is in logs/'}")
+
+
+def jobs(text: str) -> str:
+    """A check for a number of runs at a time."""
+    if text != "auto" and not re.fullmatch(r"0*[1-9][0-9]{0,3}", text):
+        raise argparse.ArgumentTypeError(f"takes auto or a whole number from 1, not {text!r}")
+    return text
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    summary = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(prog="reproduce.py", description=summary, allow_abbrev=False)
+    parser.error = fail
+    add = parser.add_argument
+    text = f"tables, of {', '.join(TABLES)} (default: all)"
+    add("--only", nargs="+", choices=TABLES, default=list(TABLES), metavar="NAME", help=text)
+    add("--data_dir", metavar="DIR", help="folder of the data sets, for the scripts")
+    add("--jobs", type=jobs, default="auto", metavar="J", help="runs at a time, for the scripts")
+    devices = ["auto", "cpu", "cuda", "gpu", "mps"]
+    add("--device", choices=devices, help="where to compute, for the scripts")
+    nothing = "run nothing;"
+    add("--collect", action="store_true", help=f"{nothing} read logs/ into docs/figures.json")
+    add("--write", action="store_true", help=f"{nothing} put the tables into the pages")
+    add("--check", action="store_true", help=f"{nothing} name where those tables differ")
+    add("--pictures", action="store_true", help=f"{nothing} put the pictures into docs/")
+    args = parser.parse_args(argv)
+    if args.data_dir is not None and not os.path.isdir(args.data_dir):
+        fail(f"argument --data_dir: there is no folder {args.data_dir!r}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="reproduce.py", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
-    parser.error = fail
-    text = f"tables, of {', '.join(TABLES)} (default: all)"
-    parser.add_argument(
-        "--only", nargs="+", choices=TABLES, default=list(TABLES), metavar="NAME", help=text
-    )
-    parser.add_argument(
-        "--data_dir", metavar="DIR", help="folder of the data sets, handed to the scripts"
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=os.cpu_count(),
-        metavar="N",
-        help="runs at a time (default: cores)",
-    )
-    parser.add_argument(
-        "--collect", action="store_true", help="run nothing; read logs/ into docs/figures.json"
-    )
-    parser.add_argument(
-        "--write", action="store_true", help="run nothing; put the tables into the pages"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="run nothing; name where those tables differ"
-    )
-    parser.add_argument(
-        "--pictures", action="store_true", help="run nothing; put the pages' pictures into docs/"
-    )
-    flags = parser.parse_args(argv)
-    if flags.jobs < 1:
-        fail(f"argument --jobs: takes a whole number from 1, not {flags.jobs}")
-    if flags.data_dir is not None and not os.path.isdir(flags.data_dir):
-        fail(f"argument --data_dir: there is no folder {flags.data_dir!r}")
-    runs, code = needed(flags.only), 0
-    stored()  # a damaged one is better known before the runs than after them
-    only_pages = (flags.write or flags.check or flags.pictures) and not flags.collect
-    if not (flags.collect or only_pages):
+    args = parse(argv)
+    known = stored_figures()  # a damaged file is better known before the runs than after them
+    pages = args.write or args.check or args.pictures
+    code = 0
+    if not (args.collect or pages):
         try:
             Path("logs").mkdir(exist_ok=True)
-            code = run_all(runs, flags.jobs, flags.data_dir)
-        except OSError as error:  # logs is a file, the disk is full, or the like
-            fail(f"{error.filename}: {error.strerror}")
-    known = stored() if only_pages else collect(runs)
-    if flags.pictures:
-        pictures()
-    if flags.write:
-        write(flags.only, known)
-    if flags.check:
-        code = 1 if check(flags.only, known) else code
-    for name in [] if flags.write or flags.check or flags.pictures else flags.only:
-        print("\n".join(["", f"<!-- table {name} -->", *table(name, known), "<!-- end -->"]))
+        except OSError as error:
+            fail(f"logs: {error.strerror}")
+        code = run_all(args)
+        if code > 128:
+            return code
+    if args.collect or not pages:
+        known = collect(args.only)
+    if args.pictures:
+        take_pictures()
+    if args.write:
+        write(args.only, known)
+    if args.check and check(args.only, known):
+        code = 1
+    if not pages:
+        for name in args.only:
+            lines = table(name, known)
+            print("\n".join(["", f"<!-- table {name} -->", *lines, "<!-- end -->"]))
     return code
 
 
 if __name__ == "__main__":
+    signals.interrupt_in_one_line()
     sys.exit(main())

@@ -10,6 +10,7 @@ The table fsvae takes the sample of 10,366 SVHN digits in DIR. The table speed i
 docs/speed.json, which tests/benchmark.py --output writes.
 """
 
+# ruff: noqa: E402  (the folders of this file and above it are put on the path first)
 import argparse
 import csv
 import json
@@ -24,12 +25,12 @@ from pathlib import Path
 from statistics import median
 from typing import NoReturn
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
 from tables import BETA, FSVAE, GMVAE, SSVAE, STAGES, TABLES, VAE, Series, is_done, needed, table
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from codebase.runtime import files, options, signals  # noqa: E402 (found by the line above)
+from codebase.runtime import files, options, signals
 
 FIGURES = ROOT / "docs" / "figures.json"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmark.md", ROOT / "docs" / "writeup.md"]
@@ -165,7 +166,7 @@ def run_script(words: list[str], caught: list[int]) -> int:
 
 def report(series: Series, stage: str, seeds: list[int], code: int) -> None:
     """Say which seeds lack a stage after its command, and why."""
-    print(f"{series.stem}: {stage} FAILED, exit code {code}, {len(seeds)} runs without its figures")
+    print(f"{series.stem}: {stage} FAILED, exit code {code}; not done: seeds {seeds}")
     for seed in seeds:
         stored = read_json(folder_of(series, seed) / "results.json")
         if stored:

@@ -478,9 +478,12 @@ def needed(names: list[str]) -> dict[Series, list[str]]:
 
 def made_on(runs: list[dict]) -> str:
     """A line that names the kinds of device and the versions of torch of these runs."""
-    devices = {run["device"] for run in runs if run.get("device")}
+    devices = {run["device"] for run in runs}
     versions = {run["torch"].partition("+")[0] for run in runs if run.get("torch")}
-    return f"On {' and '.join(sorted(devices))}, torch {' and '.join(sorted(versions))}."
+    line = f"On {' and '.join(sorted(devices))}"
+    if versions:
+        line += f", torch {' and '.join(sorted(versions))}"
+    return f"{line}."
 
 
 def table(name: str, known: dict) -> list[str]:

@@ -120,7 +120,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(reproduce, tmp_path, caps
     (tmp_path / "mode").write_text("fail")
     assert reproduce.main(["--only", "vae"]) == 1
     said = capsys.readouterr().out
-    assert "vae_z=10: train FAILED, exit code 1, 1 runs without its figures" in said
+    assert "vae_z=10: train FAILED, exit code 1; not done: seeds [1]" in said
     assert "**mean** | 101.49 ± 0.10 |" in said and "| 9 of 10 |" in said
 
 

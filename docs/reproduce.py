@@ -236,8 +236,7 @@ def merged(known: dict, made: dict) -> dict:
     """A new entry, with what was known of the same weights and logs/ does not hold any more."""
     before = known.get("figures", {})
     now = made.get("figures", {})
-    both = [key for key in now if key in before]
-    if not both or any(before[key] != now[key] for key in both):
+    if any(before[key] != now[key] for key in now if key in before):
         return made
     result = dict(known)
     for key, value in made.items():

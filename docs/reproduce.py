@@ -240,7 +240,9 @@ def merged(known: dict, made: dict) -> dict:
         return made
     result = dict(known)
     for key, value in made.items():
-        result[key] = {**known.get(key, {}), **value} if isinstance(value, dict) else value
+        result[key] = value
+        if isinstance(value, dict):
+            result[key] = {**known.get(key, {}), **value}
     return result
 
 
@@ -347,7 +349,9 @@ def take_pictures() -> None:
 
 def jobs(text: str) -> str:
     """A check for auto, or for a number of runs at a time."""
-    return text if text == "auto" else str(options.whole(1, 1000)(text))
+    if text != "auto":
+        options.whole(1, 1000)(text)
+    return text
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from codebase.runtime import signals
-from codebase.runtime.files import state_path
+from codebase.runtime.files import UsageError, state_path
 from codebase.runtime.options import Run
 
 PROCESSES = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
@@ -94,8 +94,12 @@ def start(run: Run, do: Callable[[Run], Result], seconds: float) -> Job:
     """Start the process of a run, which shows its progress every so many seconds."""
     reader, writer = PROCESSES.Pipe(duplex=False)
     process = PROCESSES.Process(target=work, args=(writer, seconds, do, run))
-    with deaf_to_interrupts():
-        process.start()
+    try:
+        with deaf_to_interrupts():
+            process.start()
+    except RuntimeError as error:  # inside a run's own import of the program
+        cure = "call main() below `if __name__ == '__main__':`"
+        raise UsageError(f"--jobs imports this program again for each run: {cure}") from error
     writer.close()
     return Job(run, process, reader)
 
@@ -217,6 +221,7 @@ def work(
 ) -> None:
     """Do a run; send its lines through the pipe, and last what do(run) returned."""
     threading.Thread(target=end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is one for processes, and outlives a killed one
     sys.stdout = Lines(pipe, "stdout", seconds)
     sys.stderr = Lines(pipe, "stderr", seconds)
     sys.stdout.send("result", do(run))

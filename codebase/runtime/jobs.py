@@ -131,10 +131,11 @@ def end(job: Job, screen: "Screen", results: dict[int, Result], stopped: bool) -
 
 
 def stop(working: dict[Any, Job]) -> None:
-    """Have all runs save their states and end; on Windows they have heard the Ctrl-C themselves."""
+    """Have all runs save their states and end."""
+    if os.name == "nt":  # where a run has heard the Ctrl-C itself, and this would kill it
+        return
     for job in working.values():
-        if os.name != "nt":
-            job.process.terminate()
+        job.process.terminate()
 
 
 @contextlib.contextmanager
@@ -239,12 +240,13 @@ class Lines(io.TextIOBase):
     seconds: how often log.progress_bar writes a line of progress.
     """
 
+    lock = threading.Lock()  # stdout and stderr share the pipe
+
     def __init__(self, pipe: connection.Connection, name: str, seconds: float):
         self.pipe = pipe
         self.name = name
         self.seconds = seconds
         self.begun = ""
-        self.lock = threading.Lock()
 
     def write(self, text: str) -> int:
         *lines, self.begun = (self.begun + text).split("\n")

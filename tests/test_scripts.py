@@ -1000,6 +1000,7 @@ SHARED_FLAGS = {
     "train": "1",
     "run": "0",
     "runs": "1",
+    "jobs": "1",
     "overwrite": "0",
     "seed": None,
     "batch_size": "100",
@@ -1123,7 +1124,7 @@ SCRIPTS = tuple(NAMES)
 NO_INTEGER = ("-1", "x", "1.5", "nan", "", "99999999999999999999")
 NO_BETA = ["-1", "nan", "inf", "-inf", "x", "", "1e7"]
 NO_BETA += ["+1", "1_0", " 1", "1\n", "1e+", "1e+-2", "٣"]
-FROM_ONE = ("iter_max", "iter_save", "batch_size", "runs")
+FROM_ONE = ("iter_max", "iter_save", "batch_size", "runs", "jobs")
 # Every flag with what it does not take: (script, flags, a word of the line)
 
 

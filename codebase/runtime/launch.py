@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import os
 import signal
 import sys
@@ -53,35 +54,101 @@ def launch(
 
 
 def do_runs(first: Run, one_run: Callable[..., dict[str, float]]) -> int:
-    """Do the runs, one after the other, and summarise them; return the exit code."""
+    """Do the runs and summarise them; return the exit code."""
     # Imported here, so that a command line is checked before torch is loaded. A signal waits till
     # then: inside an import it may be swallowed, or be taken for a module that is missing.
     with signals.collected() as caught:
-        from codebase.runtime import log, parallel
+        from codebase.runtime import jobs, log, parallel
     if caught:
         end_program(caught[0], None)
 
+    with parallel.join(first.device) as processes:
+        count = jobs.how_many(first, processes)
+        if count > 1:
+            code, done = side_by_side(first, one_run, processes, count)
+        else:
+            code, done = one_after_another(first, one_run, processes)
+        if code > 128 or (code and processes.size > 1):
+            return code
+        # The data set is part of a series' name, and auto may change it in between.
+        runs = {}
+        metrics = defaultdict(dict)
+        for run, found in done:
+            runs[run.series] = run
+            metrics[run.series][run.run] = found
+        if first.runs > 1 and processes.main:
+            for series, run in runs.items():
+                log.summarise(run, metrics[series])
+    return code
+
+
+Done = list[tuple[Run, dict[str, float]]]  # runs and their metrics
+
+
+def one_after_another(first: Run, one_run: Callable, processes) -> tuple[int, Done]:
+    """Do the runs in this process; return the exit code and what was done."""
     code = 0
-    runs = {}
-    metrics = defaultdict(dict)
-    with parallel.join(first.device) as processes, own_torch_settings(processes.device):
+    done = []
+    with own_torch_settings(processes.device):
         for number in range(first.run, first.run + first.runs):
             run = first.numbered(number)
             try:
                 run = with_data_and_device(run, processes)
                 with lock(run.name, processes):
-                    found = one_run(run, processes)
-                # The data set is part of a series' name, and auto may change it in between.
-                runs[run.series] = run
-                metrics[run.series][number] = found
+                    done.append((run, one_run(run, processes)))
             except BaseException as error:
                 code = max(code, explain(error, run, processes.speaks_of_failure(error)))
                 if code > 128 or processes.size > 1:
-                    return code
-        if first.runs > 1 and processes.main:
-            for series, run in runs.items():
-                log.summarise(run, metrics[series])
-    return code
+                    break
+    return code, done
+
+
+def side_by_side(first: Run, one_run: Callable, processes, count: int) -> tuple[int, Done]:
+    """Do so many runs at a time; return the exit code and what was done."""
+    from codebase.runtime import jobs
+
+    # Data sets are downloaded here, so that no two runs do so at once.
+    if first.train:
+        first = with_data_and_device(first, processes)  # and so all have the same
+    code = 0
+    runs = []
+    for number in range(first.run, first.run + first.runs):
+        try:
+            runs.append(with_data_and_device(first.numbered(number), processes))
+        except files.UsageError as error:
+            code = max(code, explain(error, first, True))
+    states = [jobs.stored_state(run) for run in runs]
+    results, stop = jobs.side_by_side(runs, count, functools.partial(one_job, one_run))
+    done = []
+    for run in runs:
+        if run.run in results:
+            code_of_run, metrics = results[run.run]
+            code = max(code, code_of_run)
+            if code_of_run == 0:
+                done.append((run, metrics))
+    if stop:
+        code = 128 + stop
+    if code > 128:
+        pairs = zip(runs, states, strict=True)
+        untouched = [run.run for run, state in pairs if jobs.stored_state(run) == state]
+        say(f"stopped; {jobs.how_to_resume(first, untouched)}")
+    return code, done
+
+
+def one_job(one_run: Callable, run: Run) -> tuple[int, dict[str, float]]:
+    """Do a run in a process of its own; return its exit code and metrics."""
+    from codebase.runtime import parallel
+
+    processes = parallel.Processes(run.device)
+    with signals.handled(signals.END, end_program):
+        try:
+            with own_torch_settings(run.device), lock(run.name, processes):
+                return 0, one_run(run, processes)
+        except files.Stopped as stopped:
+            print(stopped, file=sys.stderr)  # how to resume is said once, for all runs
+            return 128 + stopped.signal_number, {}
+        except BaseException as error:
+            return explain(error, run, True), {}
 
 
 def with_data_and_device(run: Run, processes) -> Run:
@@ -275,9 +342,14 @@ def explain(error: BaseException, run: Run | None, speak: bool) -> int:
         with contextlib.suppress(OSError):  # a closed terminal takes no words
             traceback.print_exception(error)
     if speak:
-        with contextlib.suppress(OSError):
-            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+        say(line)
     return code
+
+
+def say(line: str) -> None:
+    """Print a last word; a closed terminal takes none."""
+    with contextlib.suppress(OSError):
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
 
 
 def how_to_resume(run: Run) -> str:

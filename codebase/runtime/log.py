@@ -74,7 +74,8 @@ def progress_bar(start: int, stop: int, shown: bool, unit: str = "steps") -> tqd
         delay = 0 if unit == "steps" else 2
         return tqdm(**options, dynamic_ncols=True, mininterval=0.5, delay=delay)
     line = unit.removesuffix("s") + " {n} of {total}{postfix}, {rate_fmt}\n"
-    return tqdm(**options, mininterval=5, delay=5, bar_format=line)
+    seconds = getattr(sys.stderr, "seconds", 5)  # of a run whose lines another process shows
+    return tqdm(**options, mininterval=seconds, delay=seconds, bar_format=line)
 
 
 def write_table(path: Path, rows: Sequence[Sequence[Any]]) -> None:

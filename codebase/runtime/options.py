@@ -117,14 +117,16 @@ def speaks_for_all() -> bool:
 # Checks of a flag's value
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
-    """A check for whole numbers from low to high."""
+def whole(low: int, high: int, *words: str) -> Callable[[str], int | str]:
+    """A check for whole numbers from low to high, or one of some words."""
+    takes = " or ".join([*words, f"a whole number from {low} to {high}"])
 
-    def check(text: str) -> int:
+    def check(text: str) -> int | str:
+        if text in words:
+            return text
         if re.fullmatch(r"-?[0-9]{1,40}", text) and low <= int(text) <= high:
             return int(text)
-        message = f"takes a whole number from {low} to {high}, not {text[:40]!r}"
-        raise argparse.ArgumentTypeError(message)
+        raise argparse.ArgumentTypeError(f"takes {takes}, not {text[:40]!r}")
 
     return check
 
@@ -206,6 +208,8 @@ class Parser(argparse.ArgumentParser):
         add("--run", type=whole(0, 999_999), default=0, help="number of the run, part of its name")
         text = "number of runs, from --run on, and a summary of them"
         add("--runs", type=whole(1, 1000), default=1, help=text)
+        text = "runs at a time, each in a process of its own; auto: one per core, or 1 on a GPU"
+        add("--jobs", type=whole(1, 1000, "auto"), default=1, help=text)
         text = "1 deletes what the run has stored and starts over"
         add("--overwrite", type=whole(0, 1), default=0, help=text)
         text = "seed of weights, order and noise; without it, the number of the run"
@@ -257,6 +261,9 @@ class Parser(argparse.ArgumentParser):
         """
         if args.train == 0 and args.overwrite == 1:
             self.error("argument --overwrite: 1 trains anew and --train 0 does not; give one")
+        if args.jobs not in (1, "auto") and os.environ.get("WORLD_SIZE", "") not in ("", "1"):
+            all_of_them = "the processes of torchrun do each run together"
+            self.error(f"argument --jobs: {all_of_them}: leave it out, or unset WORLD_SIZE")
         # Defaults that --help gives in words, and of flags that only VAE and GMVAE have.
         flags = {"seed": args.run, "iw": [1, 10, 100, 1000], "test": "subset", **vars(args)}
         run = Run(

@@ -91,14 +91,15 @@ def test_scripts_take_the_flags_and_give_the_names(reproduce):
 def test_the_names_of_longer_and_cosine_runs(reproduce):
     series = importlib.import_module("tables").LITERATURE
     constant = series["VAE", 50, "constant", 120_000, 1]
-    words = "run_vae.py --z 50 --iter_max 120000 --run 100 --seed 0"
-    assert constant.name(0) == "model=vae_z=50_run=0100" and constant.words(0) == words.split()
+    words = "run_vae.py --z 50 --iter_max 120000 --run 2000 --seed 0"
+    assert constant.name(0) == "model=vae_z=50_run=2000"
+    assert constant.words(0) == words.split()
     cosine = series["VAE", 50, "cosine", 120_000, 5]
-    assert cosine.name(1) == "model=vae_z=50_train_iw=5_schedule=cosine-120000_run=0001"
-    words = "run_vae.py --z 50 --iter_max 120000 --train_iw 5 --schedule cosine --run 1"
+    assert cosine.name(1) == "model=vae_z=50_train_iw=5_schedule=cosine_run=2001"
+    words = "run_vae.py --z 50 --iter_max 120000 --train_iw 5 --schedule cosine --run 2001 --seed 1"
     assert cosine.words(1) == words.split()
     gmvae = series["GMVAE", 50, "cosine", 120_000, 1]
-    assert gmvae.stem == "gmvae_z=50_k=500_schedule=cosine-120000"
+    assert gmvae.stem == "gmvae_z=50_k=500_schedule=cosine"
     names = {each.name(0) for each in series.values()}
     assert len(names) == len(series)
 

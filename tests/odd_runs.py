@@ -1,4 +1,4 @@
-"""Runs for test_jobs.py: a VAE whose steps take at least $SECONDS_A_STEP, and one that prints.
+"""Runs for test_jobs.py: a VAE with slow steps and no pictures, and one that prints much.
 
 python odd_runs.py [flags of run_vae.py]
 """
@@ -16,8 +16,12 @@ from codebase.runtime.launch import launch
 
 
 def slow(run, processes) -> dict[str, float]:
+    """Each step takes at least $SECONDS_A_STEP; plots are stored without being rendered."""
+    from matplotlib.figure import Figure
+
     from codebase import train
 
+    Figure.savefig = lambda self, file, **options: file.write(b"a plot")
     plain_step = train.plain_step
 
     def slow_plain_step(*args):

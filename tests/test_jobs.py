@@ -80,6 +80,11 @@ def stored(folder: Path) -> dict:
     return found
 
 
+def without_pictures(found: dict) -> dict:
+    """odd_runs.py renders none."""
+    return {file: content for file, content in found.items() if not file.endswith(".png")}
+
+
 def comparable(values):
     """Nested dictionaries in which every tensor is a checksum of its bits."""
     if isinstance(values, dict):
@@ -124,14 +129,14 @@ def in_no_time(line: str) -> str:
 
 
 def test_a_failed_run_of_several_at_once_is_reported(tmp_path, digits_dir):
-    """As one that another process holds; the others are done and summarised."""
-    (tmp_path / "logs" / name(1)).mkdir(parents=True)
-    with filelock.FileLock(tmp_path / "logs" / name(1) / ".lock"):
-        result = finish(tmp_path, series(digits_dir, "--jobs", 2, "--iter_max", 10))
+    """As one that another process holds; the other is done and summarised."""
+    (tmp_path / "logs" / name(0)).mkdir(parents=True)
+    with filelock.FileLock(tmp_path / "logs" / name(0) / ".lock"):
+        result = finish(tmp_path, series(digits_dir, "--jobs", 2, "--runs", 2, "--iter_max", 10))
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert line.startswith("run 1: ") and "is in use by another process" in line
-    assert json.loads((tmp_path / SUMMARY).read_text())["runs"] == [0, 2]
+    assert line.startswith("run 0: ") and "is in use by another process" in line
+    assert json.loads((tmp_path / SUMMARY).read_text())["runs"] == [1]
 
 
 def test_ctrl_c_stops_all_runs_and_the_same_command_resumes(in_turn, tmp_path, digits_dir):
@@ -152,7 +157,7 @@ def test_ctrl_c_stops_all_runs_and_the_same_command_resumes(in_turn, tmp_path, d
     assert not state(tmp_path, 2).exists()
 
     assert finish(tmp_path, words).returncode == 0
-    assert stored(tmp_path) == stored(in_turn[0])
+    assert without_pictures(stored(tmp_path)) == without_pictures(stored(in_turn[0]))
 
 
 def test_a_hang_up_ends_bars_and_says_what_is_still_to_be_overwritten(tmp_path, digits_dir):

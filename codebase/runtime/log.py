@@ -204,22 +204,24 @@ def summarise(run: Run, metrics: dict[int, dict[str, float]]) -> None:
     for key in ("data", "step", f"test_images{part}", "evaluated_on"):
         if key in known:
             summary[key] = known[key]
+    each = list(metrics.values())
+    table = {}
+    for name in each[0]:
+        values = [of_run[name] for of_run in each]
+        error = None
+        if len(values) > 1:
+            error = statistics.stdev(values) / math.sqrt(len(values))
+        table[name] = {"mean": statistics.fmean(values), "standard_error": error}
+    # Stored before it is printed: nobody may be there to read it.
+    write_json(path, {**summary, "runs": list(metrics), "figures": table, "each": each})
+
     remark = remark_on(run, known[f"test_images{part}"])
     if known.get("evaluated_on") == "training images":
         remark = " (on training images)"
     numbers = ", ".join(str(number) for number in metrics)
     print(f"\n{len(metrics)} runs ({numbers}){remark}, mean and standard error, in {path}:")
-
-    each = list(metrics.values())
-    table = {}
-    for name in each[0]:
-        values = [of_run[name] for of_run in each]
-        mean = statistics.fmean(values)
-        line = f"  {name:<12} {mean:10.4f}"
-        error = None
-        if len(values) > 1:
-            error = statistics.stdev(values) / math.sqrt(len(values))
-            line += f" +- {error:.4f}"
-        table[name] = {"mean": mean, "standard_error": error}
+    for name, of_all in table.items():
+        line = f"  {name:<12} {of_all['mean']:10.4f}"
+        if of_all["standard_error"] is not None:
+            line += f" +- {of_all['standard_error']:.4f}"
         print(line)
-    write_json(path, {**summary, "runs": list(metrics), "figures": table, "each": each})

@@ -41,7 +41,7 @@ def glyphs() -> Tensor:
     blur = ImageFilter.GaussianBlur(1.5)
     pictures = []
     for font in FONTS:
-        letters = ImageFont.truetype(folder / f"{font}.ttf", 80)
+        letters = ImageFont.truetype(str(folder / f"{font}.ttf"), 80)  # Pillow 10.1 takes no Path
         for digit in "0123456789":
             page = Image.new("L", (200, 200))
             ImageDraw.Draw(page).text((50, 50), digit, 255, letters)

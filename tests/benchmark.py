@@ -261,6 +261,7 @@ def compare_steps(kind, folder, blocks, peer):
 
 def evaluation(kind, whose, folder, ms):
     """Print seconds and megabytes above the start of one evaluation, in this process."""
+    ms = tuple(map(int, ms.split(",")))
     x = data.test_subset(data.drawn_digits(folder, "test", False))
     model = MODELS[kind]() if whose == "ours" else Textbook(kind)
     model.enc(x[:2])
@@ -332,7 +333,7 @@ def peak():
 
 
 def in_process(*words):
-    """What evaluation(*words) prints in a process of its own."""
+    """What CHILDREN[words[0]](*words[1:]) prints in a process of its own."""
     command = [sys.executable, __file__, "--child", *map(str, words)]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
@@ -342,7 +343,7 @@ def compare_evaluation(kind, folder, rounds):
     runs = {"textbook": [], "ours": []}
     for _ in range(rounds):
         for whose, found in runs.items():
-            found.append(in_process(kind, whose, folder, "1,10,100,1000"))
+            found.append(in_process("evaluation", kind, whose, folder, "1,10,100,1000"))
     seconds, megabytes = (
         {whose: [run[key] for run in found] for whose, found in runs.items()}
         for key in ("seconds", "megabytes")
@@ -376,28 +377,66 @@ def start_up(folder):
     return found
 
 
-def growth(folder):
-    """How cost grows with the batch, the components and the importance samples."""
-    sizes, counts, ms = (
-        (100, 1000, 10_000),
-        (10, 100, 1000, 10_000),
-        (1, 100, 1000, 10_000, 100_000),
-    )
-    out, images = {}, {kind: training_images(kind, folder) for kind in MODELS}
-    variants = {
-        f"{kind} ms per step, batch": {n: our_steps(kind, *images[kind], n) for n in sizes}
-        for kind in MODELS
-    }
-    variants["gmvae ms per step, k"] = {
-        k: our_steps("gmvae", *images["gmvae"], k=k) for k in counts
-    }
-    for name, steps in variants.items():
-        out[name] = {n: median(times) for n, times in alternate(steps, 5, 3).items()}
-    found = {m: in_process("vae", "ours", folder, m) for m in ms}
-    return out | {
-        f"vae evaluation {key}, m": {m: found[m][key] for m in ms}
-        for key in ("seconds", "megabytes")
-    }
+def step_cost(kind, folder, batch_size, k):
+    """Print milliseconds per step and megabytes above the start, in this process."""
+    options = {"k": int(k)} if kind == "gmvae" else {}
+    steps = our_steps(kind, *training_images(kind, folder), int(batch_size), **options)
+    before = peak()
+    times = alternate({"ours": steps}, 5, 3)["ours"]
+    print(json.dumps({"ms": median(times), "megabytes": peak() - before}))
+
+
+def of_processes(count, batch_size, folder):
+    """Milliseconds per step of run_vae.py on so many processes, which torchrun starts."""
+    script = [str(ROOT / "run_vae.py"), "--data", "digits", "--data_dir", folder]
+    script += ["--iter_max", "300", "--iter_save", "300", "--compile", "0", "--device", "cpu"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "--"]
+    with tempfile.TemporaryDirectory() as place:
+        words = [sys.executable, *launcher, *script, "--batch_size", str(batch_size)]
+        subprocess.run(words, cwd=place, capture_output=True, check=True)
+        (metrics,) = Path(place, "logs").glob("*/metrics.csv")
+        seconds = [float(row.split(",")[-1]) for row in metrics.read_text().splitlines()[1:]]
+    return 1000 * (seconds[2] - seconds[0]) / 200
+
+
+def growth_of_batch(folder):
+    print("| batch | " + " | ".join(f"{kind.upper()}, ms | MB" for kind in MODELS) + " |")
+    print("|---|" + "---|---|" * len(MODELS))
+    for size in (100, 1000, 10_000):
+        found = [in_process("step", kind, folder, size, 500) for kind in MODELS]
+        cells = [f"{cost['ms']:.1f} | {cost['megabytes']:.0f}" for cost in found]
+        print(f"| {size:,} | " + " | ".join(cells) + " |", flush=True)
+
+
+def growth_of_k(folder):
+    print("| k | GMVAE, ms | MB |\n|---|---|---|")
+    for k in (10, 100, 1000, 10_000):
+        cost = in_process("step", "gmvae", folder, 100, k)
+        print(f"| {k:,} | {cost['ms']:.1f} | {cost['megabytes']:.0f} |", flush=True)
+
+
+def growth_of_m(folder):
+    print("| m | VAE, s | MB | GMVAE, s | MB |\n|---|---|---|---|---|")
+    for m in (1, 100, 1000, 10_000, 100_000):
+        found = [in_process("evaluation", kind, "ours", folder, m) for kind in ("vae", "gmvae")]
+        cells = [f"{cost['seconds']:.1f} | {cost['megabytes']:.0f}" for cost in found]
+        print(f"| {m:,} | " + " | ".join(cells) + " |", flush=True)
+
+
+def growth_of_processes(folder):
+    print("| batch | 1 process, ms | 2 processes, ms |\n|---|---|---|")
+    for size in (100, 1000, 10_000):
+        cells = [f"{of_processes(count, size, folder):.1f}" for count in (1, 2)]
+        print(f"| {size:,} | " + " | ".join(cells) + " |", flush=True)
+
+
+CHILDREN = {"evaluation": evaluation, "step": step_cost}
+GROWTH = {
+    "batch": growth_of_batch,
+    "k": growth_of_k,
+    "m": growth_of_m,
+    "processes": growth_of_processes,
+}
 
 
 def profile(kind, folder):
@@ -433,7 +472,9 @@ def main():
         help="only print what a busy process beside it does to a step",
     )
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    text = "only print how time and memory grow with this"
+    parser.add_argument("--growth", choices=GROWTH, help=text)
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     folder = str(Path(args.data_dir).resolve())
     with own_torch_settings("cpu"):  # as the scripts compute; the textbook version gains by it too
@@ -442,8 +483,10 @@ def main():
 
 def measure(args, folder):
     if args.child:
-        *words, ms = args.child
-        return evaluation(*words, tuple(map(int, ms.split(","))))
+        name, *words = args.child
+        return CHILDREN[name](*words)
+    if args.growth:
+        return GROWTH[args.growth](folder)
     if args.serve:
         kind, count = args.serve
         return serve(kind, folder, int(count))
@@ -470,11 +513,9 @@ def measure(args, folder):
     found["evaluation"] = {
         kind: compare_evaluation(kind, folder, 1 if args.quick else 5) for kind in ("vae", "gmvae")
     }
-    found["growth"] = {"start-up, seconds": start_up(folder)} | (
-        {} if args.quick else growth(folder)
-    )
-    for name, values in found["growth"].items():
-        print(f"{name}: " + ", ".join(f"{size}: {value:.2f}" for size, value in values.items()))
+    found["start_up"] = start_up(folder)
+    values = ", ".join(f"{name}: {seconds:.2f}" for name, seconds in found["start_up"].items())
+    print(f"start-up, seconds: {values}")
     Path(args.output).write_text(json.dumps(found, indent=1) + "\n")
     print(f"\nall figures are in {args.output}")
 

@@ -169,16 +169,6 @@ def test_pixels_outside_zero_to_one_are_refused(x):
     assert math.isfinite(evaluate.bounds(made("vae"), binary(3) * 0.5, ())["nelbo"])
 
 
-def test_many_samples_are_not_rounded_away(monkeypatch):
-    monkeypatch.setattr(evaluate, "rows_at_once", lambda model: 1)
-    model = made("vae")
-    zero = torch.zeros(1, 1)
-    monkeypatch.setattr(model, "log_densities", lambda *_: (zero - 97.3, zero, zero))
-    found = evaluate.bounds(model, binary(1), (5000,))
-    assert found["niwae_5000"] == pytest.approx(97.3, abs=1e-5)
-    assert found["ess_5000"] == pytest.approx(5000, rel=1e-5)
-
-
 ORIGINAL = [
     ("vae", "model=vae_z=10_run=0000", 20_000),
     ("gmvae", "model=gmvae_z=10_k=500_run=0000", 20_000),
@@ -337,15 +327,14 @@ class Elsewhere:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 def test_rows_are_as_many_as_memory_allows(device):
-    most = evaluate.rows_at_once(Elsewhere(device, 0))
     counts = []
-    for k in [500, 20_000, 100_000]:
+    for k in [0, 500, 20_000, 100_000]:
         count = evaluate.rows_at_once(Elsewhere(device, k))
         # Pairs of rows and components are in float64, or on mps with all of their 10 dimensions.
         pair = 3 * 4 * 10 if device == "mps" else 2 * 8
         assert count * (784 * 4 + k * pair) <= evaluate.MEMORY[device] <= 2**30
         counts.append(count)
-    assert most >= counts[0] > counts[1] > counts[2] >= 1
+    assert counts[0] >= counts[1] > counts[2] > counts[3] >= 1
     assert evaluate.rows_at_once(Elsewhere(device, 2000, 2000)) >= 1
 
 

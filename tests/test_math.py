@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.distributions as td
-from conftest import ROOT, Largest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -133,23 +133,6 @@ def test_values_and_gradients_are_torchs(case, dtype):
             torch.testing.assert_close(found.double() / scale, right / scale, **close)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_densities_can_be_transformed(case):
-    """By torch.func: vmap and grad, over examples that may share a mixture."""
-    ours, _, takes = CASES[case]
-    torch.manual_seed(0)
-    values = [drawn(kind, shape) for kind, shape in takes]
-    values = [value[0] if len(value) == 1 else value for value in values]
-    axes = tuple(0 if len(value) == 7 else None for value in values)
-    torch.testing.assert_close(torch.func.vmap(ours, axes)(*values), ours(*values))
-    last = values[-1].clone().requires_grad_()
-    ours(*values[:-1], last).sum().backward()
-    gradient = torch.func.grad(lambda value: ours(*values[:-1], value).sum())(values[-1])
-    torch.testing.assert_close(gradient, last.grad)
-    of_each = torch.func.vmap(torch.func.grad(lambda *given: ours(*given).sum()), axes)(*values)
-    assert of_each.shape == values[0].shape and of_each.isfinite().all()
-
-
 def test_certain_pixels_are_exact_within_rounding():
     logits = torch.tensor([[12.0, -15.0, 20.0, -25.0]])
     exact = -torch.log1p(torch.exp(-logits.double().abs())).sum(-1)
@@ -179,23 +162,6 @@ def test_tiny_variances_leave_a_mixture_accurate(ours):
     z = m[0, :20] + 1e-4 * torch.randn(20, 10)
     exact = mixture(m.double(), v.double()).log_prob(z.double())
     torch.testing.assert_close(ours(z, m, v).double(), exact, rtol=1e-5, atol=1e-5)
-
-
-@MIXTURES
-def test_a_mixture_truncates_no_whole_numbers(ours):
-    torch.manual_seed(0)
-    z = torch.tensor([[1, 2], [-3, 0]])
-    m = torch.randn(1, 4, 2)
-    v = torch.rand(1, 4, 2) + 0.1
-    torch.testing.assert_close(ours(z, m, v), ours(z.float(), m, v))
-
-
-def test_pairs_make_no_tensor_of_all_dimensions():
-    z = torch.randn(100, 10, requires_grad=True)
-    m = torch.randn(500, 10, requires_grad=True)
-    with Largest() as largest:
-        utils.log_normal_pairwise(z, m, torch.rand(500, 10) + 0.1).sum().backward()
-    assert largest.elements <= 100 * 500
 
 
 BROADCAST = [
@@ -262,12 +228,6 @@ def test_kl_cat_keeps_its_derivatives_at_zero():
         assert gradient.any()
     of_uniform = torch.eye(10) / 10 - 1 / 100
     torch.testing.assert_close(torch.func.hessian(kl)(torch.zeros(10)), of_uniform)
-
-
-def test_kl_cat_of_no_distributions_is_plain():
-    q = torch.tensor([[0.1, 0.2]])
-    p = torch.tensor([[0.5, 0.5]])
-    torch.testing.assert_close(utils.kl_cat(q, q.log(), p.log()), (q * (q / p).log()).sum(-1))
 
 
 def test_parameters_split_along_any_axis():

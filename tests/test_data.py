@@ -104,39 +104,34 @@ def test_old_draws_are_those_of_old_torch():
 
 def test_other_splits_have_their_first_hundred_evaluated():
     """Or all of them, where all are asked for."""
-    stream = torch.Generator().manual_seed(0)
-    ink = torch.randint(0, 2, (130, 784), dtype=torch.uint8, generator=stream)
+    ink = torch.bernoulli(torch.full((130, 784), 0.5)).byte()
     for labels in [torch.arange(130) % 10, torch.full((130,), -1), torch.arange(7)]:
-        images = data.Images(255 * ink[: len(labels)], labels)
-        for which in ["subset", "2018", "torch-0.4"]:
-            assert torch.equal(data.test_subset(images, which), ink[: len(labels)][:100].float())
-        assert torch.equal(data.test_subset(images, "all"), ink[: len(labels)].float())
+        n = len(labels)
+        images = data.Images(255 * ink[:n], labels)
+        for which, shown in [("subset", 100), ("2018", 100), ("torch-0.4", 100), ("all", 130)]:
+            assert torch.equal(data.test_subset(images, which), ink[:n][:shown].float())
     test = data.course("test")
     assert torch.equal(data.test_subset(test, "all"), data.binarize_once(test.pixels))
 
 
-@pytest.mark.parametrize("count", [50, 100, 1000, 3000])
-def test_labels_begin_with_the_courses(count, digits_dir):
+@pytest.mark.parametrize("each", [5, 10, 300])
+def test_labels_begin_with_the_courses(each, digits_dir):
     """They are balanced and fixed, and none is there twice but the course's own."""
     images = data.drawn_digits(str(digits_dir), "train", colour=False)
-    each = count // 10
     positions = images.positions("train", each)
-    assert images.labels[positions].tolist() == ten_of_each(each)
-    labelled = data.labelled_set(images, count)
+    labelled = data.labelled_set(images, 10 * each)
     assert torch.equal(labelled.pixels, images.pixels[positions])
-    assert torch.equal(labelled.labels, images.labels[positions])
-    by_digit = positions.reshape(10, each)
+    assert labelled.labels.tolist() == images.labels[positions].tolist() == ten_of_each(each)
     course = images.positions("train").reshape(10, 10)
-    assert torch.equal(by_digit[:, :10], course[:, :each])
     assert course[4, 6] == course[4, 7]  # position 2176 stands in the table twice
     assert len(course.unique()) == 99
+    by_digit = positions.reshape(10, each)
+    assert torch.equal(by_digit[:, :10], course[:, :each])
     new = by_digit[:, 10:].flatten()
     assert len(new.unique()) == len(new) and not torch.isin(new, course).any()
     more = images.positions("train", each + 10).reshape(10, each + 10)
     assert torch.equal(more[:, :each], by_digit)  # a larger set holds the smaller one
-    if count == 3000:
-        threes = by_digit[3, 10:].tolist()
-        assert threes != sorted(threes)
+    assert each < 300 or (by_digit[3, 10:].diff() < 0).any()  # shuffled
 
 
 # ---------------------------------------------------------------------------------------------
@@ -229,7 +224,9 @@ def test_unpublished_files_are_refused_unless_allowed(raw, tmp_path):
     with pytest.raises(UsageError, match=r"t10k-images-idx3-ubyte.*SHA-256.*--check_data 0"):
         data.load(mnist_run(tmp_path), "test")
     images = data.load(mnist_run(tmp_path, check_data=0), "test")
-    assert images.pixels.shape == (10_000, 784) and images.labels.max() == 9
+    stored = [(raw / name).read_bytes() for name in TEST_FILES]
+    assert images.pixels.numpy().tobytes() == stored[0][16:] and len(images) == 10_000
+    assert images.labels.to(torch.uint8).numpy().tobytes() == stored[1][8:]
 
 
 @pytest.mark.parametrize("name, at", [(TEST_FILES[0], 3_920_316), (TEST_FILES[1], -1)])
@@ -242,56 +239,6 @@ def test_one_changed_byte_is_found_by_checksum_alone(published, tmp_path, name, 
     after = data.mnist(str(tmp_path), "test", check=0)
     assert (before.pixels != after.pixels).sum() == ("images" in name)
     assert (before.labels != after.labels).sum() == ("labels" in name)
-
-
-def test_checked_bytes_are_the_used_ones(published, tmp_path, monkeypatch):
-    """Each file is read once, and what earlier versions of torchvision left is not read."""
-    processed = published.parent / "processed"
-    processed.mkdir()
-    (processed / "test.pt").write_bytes(b"black images")
-    stored = [(published / name).read_bytes() for name in TEST_FILES]
-    read = []
-    read_bytes = Path.read_bytes
-
-    def counting(path):
-        read.append(path.name)
-        return read_bytes(path)
-
-    monkeypatch.setattr(Path, "read_bytes", counting)
-    images = data.load(mnist_run(tmp_path, train=0), "test")
-    assert read == list(TEST_FILES)
-    assert images.pixels.numpy().tobytes() == stored[0][16:]
-    assert images.labels.to(torch.uint8).numpy().tobytes() == stored[1][8:]
-
-
-MNIST_HARMS = [
-    (TEST_FILES[0], lambda content: content[:-1], r"is truncated or too long \([\d,]+ bytes\)"),
-    (TEST_FILES[0], lambda content: content[1:], "does not begin as that file does"),
-    (TEST_FILES[1], lambda content: content[:-1] + b"\x0b", "has labels outside 0 to 9"),
-    (TEST_FILES[1], None, r"cannot be read \(No such file or directory\)"),
-]
-
-
-@pytest.mark.parametrize("name, harm, words", MNIST_HARMS)
-def test_a_damaged_mnist_file_is_named(published, tmp_path, name, harm, words):
-    """With the cure."""
-    path = published / name
-    content = path.read_bytes()
-    path.unlink()
-    if harm:
-        path.write_bytes(harm(content))
-    before = tree(tmp_path)
-    with pytest.raises(UsageError, match=rf"{name} {words}.*: .*put an intact copy in its place$"):
-        data.mnist(str(tmp_path), "test", check=0)
-    assert tree(tmp_path) == before
-
-
-def test_without_mnist_the_packaged_images_are_evaluated(tmp_path):
-    run = mnist_run(tmp_path, train=0)
-    assert torch.equal(data.load(run, "test").pixels, data.course("test").pixels)
-    for in_need in [run.changed(test="all"), run.changed(train=1)]:
-        with pytest.raises(UsageError, match="t10k-images-idx3-ubyte cannot be read"):
-            data.load(in_need, "test")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -329,38 +276,54 @@ def test_svhn_is_read_with_ten_as_zero(tmp_path):
 
 NO_MAT = r"is truncated or damaged \(\w+\)"
 NO_DIGITS = "holds no 32 x 32 x 3 byte images with labels 1 to 10"
-SVHN_HARMS = [
-    (mat(12)[:20_000], rf"({NO_MAT}|cannot be read \(could not read bytes\))"),  # as scipy has it
-    (b"no matlab file" * 100, NO_MAT),
-    (mat(12, y=np.ones((11, 1), np.uint8)), NO_DIGITS),
-    (mat(12, y=np.full((12, 1), 11, np.uint8)), NO_DIGITS),
-    (None, r"cannot be read \(No such file or directory\)"),
+GONE = r"cannot be read \(No such file or directory\)"
+HARMS = [  # what becomes of a file's content, and what is said of it
+    ("pixels", lambda content: content[:-1], r"is truncated or too long \([\d,]+ bytes\)"),
+    ("pixels", lambda content: content[1:], "does not begin as that file does"),
+    ("labels", lambda content: content[:-1] + b"\x0b", "has labels outside 0 to 9"),
+    ("labels", None, GONE),
+    # as scipy has it
+    (
+        "svhn",
+        lambda content: content[:20_000],
+        rf"({NO_MAT}|cannot be read \(could not read bytes\))",
+    ),
+    ("svhn", lambda content: b"no matlab file" * 100, NO_MAT),
+    ("svhn", lambda content: mat(12, y=np.ones((11, 1), np.uint8)), NO_DIGITS),
+    ("svhn", None, GONE),
 ]
 
 
-@pytest.mark.parametrize("content, words", SVHN_HARMS, ids=range(5))
-def test_a_damaged_svhn_file_is_named(content, words, tmp_path):
+@pytest.mark.parametrize("kind, harm, words", HARMS)
+def test_a_damaged_file_is_named_with_cure(kind, harm, words, published, tmp_path):
+    (tmp_path / "train_32x32.mat").write_bytes(mat(12))
     path = tmp_path / "train_32x32.mat"
-    if content is not None:
-        path.write_bytes(content)
+    if kind != "svhn":
+        path = published / TEST_FILES[kind == "labels"]
+    content = path.read_bytes()
+    path.unlink()
+    if harm:
+        path.write_bytes(harm(content))
     before = tree(tmp_path)
     with pytest.raises(
-        UsageError, match=rf"{path.name} {words}: .*put an intact copy in its place$"
+        UsageError, match=rf"{path.name} {words}.*: .*put an intact copy in its place$"
     ):
-        data.svhn(str(tmp_path), "train", check=0)
+        if kind == "svhn":
+            data.svhn(str(tmp_path), "train", check=0)
+        else:
+            data.mnist(str(tmp_path), "test", check=0)
     assert tree(tmp_path) == before
 
 
 def test_one_changed_byte_of_svhn_is_found(tmp_path, monkeypatch):
-    from torchvision.datasets import SVHN
-
     path = tmp_path / "train_32x32.mat"
     content = mat(12)
     path.write_bytes(content)
     words = r"train_32x32.mat is not the published file .*MD5.*--check_data 0"
     with pytest.raises(UsageError, match=words):
         data.svhn(str(tmp_path), "train", check=1)
-    monkeypatch.setitem(SVHN.split_list, "train", ["", path.name, hashlib.md5(content).hexdigest()])
+    published = {"train": ["", path.name, hashlib.md5(content).hexdigest()]}
+    monkeypatch.setattr("torchvision.datasets.SVHN.split_list", published)
     before = data.svhn(str(tmp_path), "train", check=1)
     flip(path, content.index(bytes(1000)) + 500)  # among the black pixels
     with pytest.raises(UsageError, match="MD5"):
@@ -371,42 +334,40 @@ def test_one_changed_byte_of_svhn_is_found(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------
 # Which data set a run has
 
-NAME = "model=vae_z=03_run=0004"
-
 
 @pytest.fixture
 def choose(tmp_path, monkeypatch):
-    """Which data set a VAE's run has: choose("auto", train=0, stored=["mnist"], test="all").
+    """Which data set a VAE's run has: choose("auto", train=0, stored=["mnist"]).
 
     stored: the data sets of which it has checkpoints; present: whether MNIST's files are there;
     arrive: whether a download brings them. Returns it, and whether a download was tried.
     """
-    tried = []
     monkeypatch.chdir(tmp_path)
 
-    def run(asked, train, stored=(), present=False, arrive=False, test="all") -> tuple[str, bool]:
+    def run(asked, train, stored=(), present=False, arrive=False) -> tuple[str, bool]:
         asking = run_vae.parse(["--z", "3", "--iter_max", "300", "--run", "4", "--data", asked])
-        asking = asking.changed(train=train, test=test, data_dir=str(tmp_path / "data"))
+        asking = asking.changed(train=train, test="all", data_dir=str(tmp_path / "data"))
         asking = asking.changed(words="run_vae.py --z 3 --train 0 --run 4 --train=0".split())
+        files = download.files(asking.changed(data="mnist"))
         for name in stored:
             store(model_path(asking.changed(data=name).name, 300))
 
-        def put_files_in_place():
-            for path in download.files(asking.changed(data="mnist")):
-                store(path)
-
-        def fetch(run):
-            if all(path.exists() for path in download.files(run)):
+        def fetch(_):
+            if all(path.exists() for path in files):
                 return None
-            tried.append(run)
-            return put_files_in_place() if arrive else "no route to host"
+            run.tried = True
+            if not arrive:
+                return "no route to host"
+            for path in files:
+                store(path)
 
         monkeypatch.setattr(download, "fetch", fetch)
         if present:
-            put_files_in_place()
-        return download.choose_data(asking), bool(tried)
+            for path in files:
+                store(path)
+        return download.choose_data(asking), run.tried
 
-    run.tried = tried
+    run.tried = False
     return run
 
 
@@ -419,9 +380,7 @@ CHOICES = [  # --data, --train, checkpoints, files there, do they arrive; data s
     ("auto", 1, [], True, False, ("mnist", False)),
     ("auto", 1, [], False, True, ("mnist", True)),
     ("auto", 1, [], False, False, ("digits", True)),
-    ("auto", 1, ["mnist"], False, False, ("digits", True)),
     ("mnist", 1, [], False, True, ("mnist", True)),
-    ("digits", 1, [], True, True, ("digits", False)),
     ("auto", 0, ["mnist", "digits"], True, False, ("mnist", False)),
     ("auto", 0, ["digits"], False, True, ("digits", False)),
     ("auto", 0, ["mnist", "digits"], False, True, ("mnist", True)),
@@ -443,54 +402,35 @@ def test_a_run_has_its_data_set_or_digits(
         assert banner == ""
 
 
-@pytest.mark.parametrize("test", ["subset", "2018", "torch-0.4"])
-def test_the_packaged_images_need_no_download(choose, capsys, test):
-    for asked, wanted in [("auto", "digits"), ("mnist", "mnist"), ("auto", "mnist")]:
-        stored = [wanted] if not model_path(NAME, 300).exists() else []
-        assert choose(asked, 0, stored, arrive=True, test=test) == (wanted, False)
-        assert ("DRAWN DIGITS" in capsys.readouterr().out) == (wanted == "digits")
-    assert choose("auto", 1, arrive=True, test=test) == ("mnist", True)  # to train takes the files
-
-
 @pytest.mark.parametrize(
-    "asked, stored, name, steps",
+    "has_state, advice",
     [
-        ("auto", [], NAME, "200"),
-        ("mnist", ["digits"], NAME, "200"),
-        ("digits", ["mnist"], "model=vae_z=03_data=digits_run=0004", "none"),
+        (True, "to train one: python run_vae.py --z 3 --run 4"),
+        (False, "it has no state to resume from: give one of these, or train another --run"),
     ],
 )
-def test_a_missing_checkpoint_is_named_before_downloads(choose, asked, stored, name, steps):
-    """With the command that trains one."""
-    store(model_path(NAME, 200))
-    store(state_path(NAME))
+def test_a_missing_checkpoint_is_named_before_downloads(choose, has_state, advice):
+    name = "model=vae_z=03_run=0004"
+    store(model_path(name, 200))
+    if has_state:
+        store(state_path(name))
     with pytest.raises(Missing) as caught:
-        choose(asked, 0, stored, arrive=True)
+        choose("auto", 0, arrive=True)
     assert not choose.tried
-    there = f"there is no checkpoints/{name}/model-00300.pt; checkpoints of this run: {steps}"
-    assert str(caught.value) == f"{there}; to train one: python run_vae.py --z 3 --run 4"
-
-
-def test_without_state_nothing_is_called_trainable(choose):
-    store(model_path(NAME, 200))
-    with pytest.raises(Missing) as caught:
-        choose("mnist", 0)
-    advice = "it has no state to resume from: give one of these, or train another --run"
-    assert str(caught.value).endswith(f"run: 200; {advice}")
+    there = f"there is no checkpoints/{name}/model-00300.pt; checkpoints of this run: 200"
+    assert str(caught.value) == f"{there}; {advice}"
 
 
 @pytest.mark.parametrize("asked, train, stored", [("mnist", 1, []), ("auto", 0, ["mnist"])])
 def test_files_that_cannot_be_had_are_listed(choose, tmp_path, asked, train, stored):
+    """To evaluate takes no training image, and has no checkpoint of the digits."""
     with pytest.raises(UsageError) as caught:
         choose(asked, train, stored)
-    message = str(caught.value)
-    reason = "MNIST cannot be downloaded (no route to host)"
-    assert message.startswith(f"{reason}; put these files in place by hand: ")
-    # --train 0 has no checkpoint of the digits, and needs no training image.
-    assert message.endswith("; or use --data digits") == bool(train)
-    for name in MNIST_NAMES:
-        is_listed = str(tmp_path / "data" / "MNIST" / "raw" / name) in message
-        assert is_listed == (train or name.startswith("t10k"))
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    listed = ", ".join(str(raw / name) for name in MNIST_NAMES[0 if train else 2 :])
+    message = "MNIST cannot be downloaded (no route to host); put these files in place by hand: "
+    message += f"{listed}; or use --data digits" if train else listed
+    assert str(caught.value) == message
 
 
 # ---------------------------------------------------------------------------------------------
@@ -529,31 +469,19 @@ def test_the_banner_names_where_it_looked(tmp_path, monkeypatch, capsys):
 RAW = [f"d/MNIST/raw/{name}" for name in MNIST_NAMES]
 DOTTED = [name.replace("-idx", ".idx") for name in MNIST_NAMES]
 LIKEWISE = "to d/MNIST/raw/{name}, and the others likewise"
-NEAR = {  # the files that are there, --data_dir, what the banner says of them after "there is "
-    "the folder MNIST": (RAW, "d/MNIST", "{raw} (and 3 more): give --data_dir {tmp_path}/d"),
-    "the folder raw": (RAW, "d/MNIST/raw", "{raw} (and 3 more): give --data_dir {tmp_path}/d"),
-    "flat": (
-        [f"d/{name}" for name in MNIST_NAMES],
-        "d",
-        "d/{name} (and 3 more): move it " + LIKEWISE,
-    ),
-    "with a dot": (
-        [f"d/MNIST/raw/{name}" for name in DOTTED],
-        "d",
-        "d/MNIST/raw/{dotted} (and 3 more): move it " + LIKEWISE,
-    ),
-    "packed": ([f"{name}.gz" for name in RAW], "d", "{raw}.gz (and 3 more): unpack it " + LIKEWISE),
-    "one, packed, with a dot, flat": (
-        [*RAW[1:], f"d/{DOTTED[0]}.gz"],
-        "d",
-        "d/{dotted}.gz: unpack it to {raw}",
-    ),
-}
+NEAR = [  # the files that are there, --data_dir, what the banner says of them after "there is "
+    (RAW, "d/MNIST/raw", "{raw} (and 3 more): give --data_dir {tmp_path}/d"),
+    ([f"d/{name}" for name in MNIST_NAMES], "d", "d/{name} (and 3 more): move it " + LIKEWISE),
+    ([f"{name}.gz" for name in RAW], "d", "{raw}.gz (and 3 more): unpack it " + LIKEWISE),
+    ([*RAW[1:], f"d/{DOTTED[0]}.gz"], "d", "d/{dotted}.gz: unpack it to {raw}"),
+    ([f"d/MNIST/{DOTTED[0]}"], "d", "d/MNIST/{dotted}: move it to {raw}"),
+]
 
 
-@pytest.mark.parametrize("case", NEAR)
-def test_files_nearly_there_are_named_with_cure(case, tmp_path, monkeypatch, capsys):
-    there, data_dir, words = NEAR[case]
+@pytest.mark.parametrize("there, data_dir, words", NEAR, ids=range(5))
+def test_files_nearly_there_are_named_with_cure(
+    there, data_dir, words, tmp_path, monkeypatch, capsys
+):
     run = near(tmp_path, monkeypatch, there, data_dir)
     before = tree(tmp_path)
     said = banner(run, capsys)
@@ -655,30 +583,26 @@ def server(monkeypatch):
 @pytest.fixture
 def svhn_server(server, monkeypatch):
     """SVHN's three splits: 12, 5 and 7 images, and 500 kB more each."""
-    from torchvision.datasets import SVHN
-
+    published = {}
     for split, count in (("train", 12), ("test", 5), ("extra", 7)):
         name = f"{split}_32x32.mat"
         content = mat(count, rest=np.zeros(500_000, np.uint8))
         server.files[name] = content
-        published = [server.url + name, name, hashlib.md5(content).hexdigest()]
-        monkeypatch.setitem(SVHN.split_list, split, published)
+        published[split] = [server.url + name, name, hashlib.md5(content).hexdigest()]
+    monkeypatch.setattr("torchvision.datasets.SVHN.split_list", published)
     return server
 
 
 @pytest.fixture
 def mnist_server(server, monkeypatch):
     """MNIST's four files, of five images; server.raw has them unpacked."""
-    from torchvision.datasets import MNIST
-
-    pixels = np.random.RandomState(0).randint(0, 256, 5 * 784).astype(np.uint8)
-    images = idx_file([2051, 5, 28, 28], pixels)
+    images = idx_file([2051, 5, 28, 28], grey(5))
     labels = idx_file([2049, 5], np.arange(5, dtype=np.uint8))
     server.raw = {name: images if "images" in name else labels for name in MNIST_NAMES}
     server.files = {f"{name}.gz": gzip.compress(content) for name, content in server.raw.items()}
     digests = [(name, hashlib.md5(content).hexdigest()) for name, content in server.files.items()]
-    monkeypatch.setattr(MNIST, "resources", digests)
-    monkeypatch.setattr(MNIST, "mirrors", [server.url])
+    monkeypatch.setattr("torchvision.datasets.MNIST.resources", digests)
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [server.url])
     return server
 
 
@@ -700,58 +624,38 @@ def test_mnist_arrives_whole_and_once(mnist_server, tmp_path, capsys):
     assert "NO MNIST" not in capsys.readouterr().out
 
 
-def test_present_files_and_silent_mirrors(mnist_server, tmp_path, monkeypatch):
-    """Of the user's own files none is replaced; where nobody listens, the next mirror is asked."""
-    from torchvision.datasets import MNIST
-
+def test_a_download_replaces_no_present_file(mnist_server, tmp_path, monkeypatch):
+    """Where nobody listens, the next mirror is asked."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         nobody = f"http://127.0.0.1:{closed.getsockname()[1]}/"
-    monkeypatch.setattr(MNIST, "mirrors", [nobody, mnist_server.url])
+    mirrors = [nobody, mnist_server.url]
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", mirrors)
     run = mnist_run(tmp_path)
     there, *missing = download.files(run)
-    there.parent.mkdir(parents=True)
-    there.write_bytes(b"the user's own")
+    store(there)
     assert download.fetch(run) is None
-    assert there.read_bytes() == b"the user's own"
+    assert there.read_bytes() == b""
     assert all(path.read_bytes() == mnist_server.raw[path.name] for path in missing)
 
 
-@pytest.mark.parametrize(
-    "split, train, present, wanted",
-    [
-        ("extra", 1, [], ["extra", "test"]),
-        ("test", 1, [], ["test"]),
-        ("extra", 0, [], ["test"]),
-        ("train", 1, ["train"], ["test"]),
-        ("train", 0, ["test"], []),
-    ],
-)
+SPLITS = [  # --split, --train, what is there, what is fetched
+    ("extra", 1, [], ["extra", "test"]),
+    ("test", 1, [], ["test"]),
+    ("extra", 0, [], ["test"]),
+    ("train", 1, ["train"], ["test"]),
+]
+
+
+@pytest.mark.parametrize("split, train, present, wanted", SPLITS)
 def test_an_fsvae_fetches_its_two_splits(split, train, present, wanted, tmp_path, svhn_server):
-    run = svhn_run(tmp_path, split=split, train=train)
     for name in present:
-        (tmp_path / f"{name}_32x32.mat").write_bytes(b"the user's own")
-    assert download.fetch(run) is None
-    assert set(svhn_server.asked) == {f"{name}_32x32.mat" for name in wanted}
-    files = {f"{name}_32x32.mat": b"the user's own" for name in present}
-    for name in svhn_server.asked:
-        files[name] = svhn_server.files[name]
+        store(tmp_path / f"{name}_32x32.mat")
+    assert download.fetch(svhn_run(tmp_path, split=split, train=train)) is None
+    files = {f"{name}_32x32.mat": b"" for name in present}
+    for name in wanted:
+        files[f"{name}_32x32.mat"] = svhn_server.files[f"{name}_32x32.mat"]
     assert tree(tmp_path) == files
-
-
-@pytest.mark.parametrize(
-    "split, served", [("train", ["train", "test"]), ("train", ["train"]), ("test", ["test"])]
-)
-def test_an_fsvae_says_where_training_images_were_evaluated(
-    split, served, svhn_server, script, tmp_path
-):
-    names = [f"{name}_32x32.mat" for name in served]
-    svhn_server.files = {name: svhn_server.files[name] for name in names}
-    flags = ["--data", "svhn", "--split", split, "--data_dir", tmp_path / "data", "--iter_max", 1]
-    for training in (1, 0):
-        result = script("fsvae", *flags, "--train", training)
-        assert result.returncode == 0, result.stderr
-        (line,) = [line for line in result.stdout.splitlines() if line.startswith("NELBO: ")]
-        assert ("training images" in line) == (served != ["train", "test"])
+    assert {f"{name}_32x32.mat" for name in wanted} == set(svhn_server.asked)
 
 
 def test_a_slow_download_continues_and_shows_progress(svhn_server, tmp_path, monkeypatch, capfd):
@@ -772,45 +676,47 @@ def test_a_slow_download_continues_and_shows_progress(svhn_server, tmp_path, mon
     assert len(data.load(run, "train")) == 12  # with its checksum
 
 
-@pytest.mark.parametrize("which, how", [("mnist", None), ("svhn", half_then_silence)])
-def test_a_dead_download_is_given_up(which, how, request, tmp_path, monkeypatch):
-    """Without a trace, when no byte has arrived for a while."""
-    server = request.getfixturevalue(f"{which}_server")
-    monkeypatch.setattr(download, "SILENCE", 1)
-    server.how = how  # it hangs up after 60 seconds, which would be another reason
-    run = mnist_run(tmp_path / "data") if which == "mnist" else svhn_run(tmp_path / "data")
-    assert download.fetch(run) == "no answer for 1 seconds"
-    assert list(tmp_path.iterdir()) == []  # nor is the folder that was made for it
-    assert socket.getdefaulttimeout() is None
+@pytest.fixture
+def served(request, tmp_path):
+    """The server of a data set, and a run that wants it in a new folder."""
+    server = request.getfixturevalue(f"{request.param}_server")
+    make = {"mnist": mnist_run, "svhn": svhn_run}[request.param]
+    return server, make(tmp_path / "data")
 
 
 @pytest.mark.parametrize(
-    "which, harm, words",
-    [
-        ("mnist", "another file", "corrupted"),
-        ("svhn", "cut off", "corrupted"),
-        ("mnist", "not there", "404"),
-        ("svhn", "nobody listens", "refused"),
-    ],
+    "served, how", [("mnist", None), ("svhn", half_then_silence)], indirect=["served"]
 )
-def test_a_failed_download_leaves_nothing(which, harm, words, request, tmp_path, capsys):
-    server = request.getfixturevalue(f"{which}_server")
-    if harm == "another file":
+def test_a_dead_download_is_given_up(served, how, tmp_path, monkeypatch):
+    """Without a trace, when no byte has arrived for a while."""
+    server, run = served
+    monkeypatch.setattr(download, "SILENCE", 1)
+    server.how = how  # it hangs up after 60 seconds, which would be another reason
+    assert download.fetch(run) == "no answer for 1 seconds"
+    assert list(tmp_path.iterdir()) == []
+    assert socket.getdefaulttimeout() is None
+
+
+FAILURES = [("mnist", "x", "corrupted"), ("svhn", "half", "corrupted"), ("mnist", "none", "404")]
+
+
+@pytest.mark.parametrize("served, sent, words", FAILURES, indirect=["served"])
+def test_a_failed_download_leaves_nothing(served, sent, words, tmp_path, capsys):
+    """Another file, half of one, or none."""
+    server, run = served
+    if sent == "x":
         server.files = {name: content[:-1] + b"x" for name, content in server.files.items()}
-    elif harm == "cut off":
+    if sent == "half":
         server.how = half_then_nothing
-    elif harm == "not there":
+    if sent == "none":
         server.files = {}
-    else:
-        server.shutdown()
-        server.socket.close()
-    run = mnist_run(tmp_path) if which == "mnist" else svhn_run(tmp_path)
     reason = download.fetch(run)
     assert words in reason and "\n" not in reason
     assert list(tmp_path.iterdir()) == []
     assert download.choose_data(run.changed(data="auto")) == "digits"
-    assert f"NO {which.upper()} ({reason})" in capsys.readouterr().out
-    with pytest.raises(UsageError, match=f"{which.upper()} cannot be downloaded"):
+    name = run.data.upper()
+    assert f"NO {name} ({reason})" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=f"{name} cannot be downloaded"):
         download.choose_data(run)
 
 
@@ -872,18 +778,14 @@ def test_an_unwritable_folder_gives_drawn_digits(
     def refuse(path, *_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    tmp_path.chmod(0o555)
-    if os.access(tmp_path, os.W_OK):  # rights do not bind the superuser
-        monkeypatch.setattr(os, "mkdir", refuse)
-        monkeypatch.setattr(data, "write", refuse)
+    monkeypatch.setattr(os, "mkdir", refuse)  # for rights do not bind the superuser
+    monkeypatch.setattr(data, "write", refuse)
     run = mnist_run(tmp_path)
     assert download.choose_data(run.changed(data="auto")) == "digits"
     assert "DRAWN DIGITS instead" in capsys.readouterr().out
     images = data.load(run.changed(data="digits"), "test")
     stored = data.drawn_digits(str(digits_dir), "test", colour=False)
     assert torch.equal(images.pixels, stored.pixels)
-    with pytest.raises(UsageError, match=r"MNIST cannot be downloaded.*by hand"):
-        download.choose_data(run)
 
 
 def test_a_folder_that_cannot_be_made(mnist_server, tmp_path):
@@ -1072,22 +974,21 @@ def test_test_images_of_a_file_are_evaluated(own, tmp_path):
 
 
 def test_metrics_of_all_images_are_kept_apart(own, tmp_path):
+    """And in a summary of their own."""
     x_test = grey(110, seed=1)
     flags = ["--iter_max", 2, "--runs", 2]
-    lines(own("vae", *flags, content=packed(x=X, y=Y, x_test=x_test, y_test=np.arange(110) % 10)))
+    lines(own("vae", *flags, content=packed(x=X, x_test=x_test)))
     subset = results(tmp_path, "vae")
-    printed = lines(own("vae", *flags, "--train", 0, "--test", "all", "--iw", 1, 5))
+    lines(own("vae", *flags, "--train", 0, "--test", "all", "--iw", 5))
     both = results(tmp_path, "vae")
     assert both["figures"] == subset["figures"] and "figures_all" not in subset
-    wanted = evaluate.bounds(loaded(tmp_path), binarised(x_test), (1, 5))
-    assert {name: both["figures_all"][name] for name in wanted} == pytest.approx(wanted, rel=1e-9)
-    assert "NELBO: {nelbo}. KL: {kl}. Rec: {rec}".format(**wanted) in printed
-    assert f"Negative IWAE-5: {wanted['niwae_5']}" in printed
-    of_hundred = evaluate.bounds(loaded(tmp_path), binarised(x_test)[:100], ms=[])
+    wanted = evaluate.bounds(loaded(tmp_path), binarised(x_test), [5])
+    assert both["figures_all"].items() >= wanted.items()
+    of_hundred = evaluate.bounds(loaded(tmp_path), binarised(x_test)[:100], [])
     assert subset["figures"]["nelbo"] == pytest.approx(of_hundred["nelbo"], rel=1e-3)
+    summaries = sorted(path.name for path in (tmp_path / "logs").glob("*.json"))
     series = "model=vae_z=10_data=mine"
-    summaries = {path.name for path in (tmp_path / "logs").glob("*.json")}
-    assert summaries == {f"{series}_summary.json", f"{series}_test=all_summary.json"}
+    assert summaries == [f"{series}_summary.json", f"{series}_test=all_summary.json"]
 
 
 @pytest.mark.parametrize("model, y", [("vae", Y * 100), ("gmvae", None)])
@@ -1100,10 +1001,7 @@ def test_a_vae_takes_any_labels_or_none(model, y, own, tmp_path):
     assert (tmp_path / "logs" / OWN_NAMES[model] / "latent.png").stat().st_size > 1000
 
 
-UNUSED = [Y + 1, Y / 10, np.array([object()] * 60), Y[:59], np.array(3)]
-
-
-@pytest.mark.parametrize("y", UNUSED, ids=["to 10", "floats", "objects", "too few", "a number"])
+@pytest.mark.parametrize("y", [Y + 1, Y / 10, np.array([object()] * 60), Y[:59]], ids=range(4))
 def test_labels_that_nothing_needs_are_unused(y, read, capsys):
     for split in ("train", "test"):
         assert set(read(split, x=X, y=y).labels.tolist()) == {-1}

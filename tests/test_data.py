@@ -628,19 +628,26 @@ def test_a_dead_download_is_given_up(served, how, tmp_path, monkeypatch):
     assert socket.getdefaulttimeout() is None
 
 
-FAILURES = [("mnist", "x", "corrupted"), ("svhn", "half", "corrupted"), ("mnist", "none", "404")]
+FAILURES = [
+    ("mnist", "another file", "corrupted"),
+    ("svhn", "half of it", "corrupted"),
+    ("mnist", "none", "404"),
+    ("svhn", "no answer", "refused"),
+]
 
 
 @pytest.mark.parametrize("served, sent, words", FAILURES, indirect=["served"])
 def test_a_failed_download_leaves_nothing(served, sent, words, tmp_path, capsys):
-    """Another file, half of one, or none."""
     server, run = served
-    if sent == "x":
+    if sent == "another file":
         server.files = {name: content[:-1] + b"x" for name, content in server.files.items()}
-    if sent == "half":
+    if sent == "half of it":
         server.how = half_then_nothing
     if sent == "none":
         server.files = {}
+    if sent == "no answer":
+        server.shutdown()
+        server.socket.close()
     reason = download.fetch(run)
     assert words in reason and "\n" not in reason
     assert list(tmp_path.iterdir()) == []
@@ -686,7 +693,7 @@ def test_left_over_downloads_are_removed_later(svhn_server, tmp_path):
     assert there == [".download-new", "test_32x32.mat", "train_32x32.mat"]
 
 
-def test_simultaneous_downloads_disturb_each_other_never(mnist_server, tmp_path):
+def test_simultaneous_downloads_arrive_whole(mnist_server, tmp_path):
     run = mnist_run(tmp_path / "data")
     answers = []
     threads = []
@@ -1036,6 +1043,8 @@ def test_a_path_that_names_no_file(main, tmp_path):
     for end in ("/", "/."):
         assert "--data" in refusal(main("vae", "--data", f"{tmp_path}/mine.npz{end}"))
     assert tree(tmp_path) == before
+    with pytest.raises(UsageError, match=r"gone\.npz cannot be read \(No such file"):
+        data.own(str(tmp_path / "gone.npz"), "train", False, False)
 
 
 def test_dark_test_images_beside_bright_ones_warn(own):
@@ -1139,9 +1148,3 @@ def test_floats_just_above_one_are_no_bytes(own):
 def test_more_labels_than_there_are(own):
     line = refusal(own("ssvae", "--labels", 60, content=right("ssvae")))
     assert "argument --labels: takes 6 images of each digit, and of 4 there are 5" in line
-
-
-def test_a_file_gone_before_reading(own, tmp_path):
-    options.read_once.cache_clear()
-    with pytest.raises(UsageError, match=r"mine\.npz cannot be read \(No such file"):
-        data.own(str(tmp_path / "mine.npz"), "train", False, False)

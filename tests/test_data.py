@@ -222,7 +222,7 @@ def flip(path: Path, at: int):
 
 def test_unpublished_files_are_refused_unless_allowed(raw, tmp_path):
     with pytest.raises(UsageError, match=r"t10k-images-idx3-ubyte.*SHA-256.*--check_data 0"):
-        data.load(mnist_run(tmp_path), "test")
+        data.load(mnist_run(tmp_path, train=0), "test")
     images = data.load(mnist_run(tmp_path, check_data=0), "test")
     stored = [(raw / name).read_bytes() for name in TEST_FILES]
     assert images.pixels.numpy().tobytes() == stored[0][16:] and len(images) == 10_000
@@ -948,7 +948,7 @@ def test_labels_that_nothing_needs_are_unused(y, read, capsys):
     assert warned[0].endswith("mine.npz is not labels 0 to 9 and is not used")
 
 
-def test_arrays_of_many_kinds_are_the_same_images(read):
+def test_arrays_of_many_kinds_are_the_same_images(read, tmp_path):
     wanted = torch.from_numpy(X.reshape(60, 784)[:54])
     given = [X, X.reshape(60, 784), X.astype(np.int64), X.astype(">u2"), np.asfortranarray(X)]
     given += [(X / 255).astype(kind) for kind in (np.float16, np.float32, np.float64, ">f4")]
@@ -958,6 +958,9 @@ def test_arrays_of_many_kinds_are_the_same_images(read):
         assert torch.equal(images.pixels, wanted), (x.dtype, x.shape)
         assert images.pixels.dtype == torch.uint8
         assert images.labels.tolist() == Y[:54].tolist() and images.labels.dtype == torch.int64
+    options.read_once.cache_clear()
+    np.savez_compressed(tmp_path / "mine.npz", x=X)
+    assert torch.equal(data.own(str(tmp_path / "mine.npz"), "train", False, False).pixels, wanted)
     switches = read("train", x=X > 127)
     assert torch.equal(switches.pixels, (wanted > 127) * torch.tensor(255, dtype=torch.uint8))
     assert set(switches.labels.tolist()) == {-1}

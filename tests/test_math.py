@@ -230,6 +230,12 @@ def test_kl_cat_keeps_its_derivatives_at_zero():
     torch.testing.assert_close(torch.func.hessian(kl)(torch.zeros(10)), of_uniform)
 
 
+def test_kl_cat_of_no_distributions_is_plain():
+    q = torch.tensor([[0.1, 0.2]])
+    p = torch.tensor([[0.5, 0.5]])
+    torch.testing.assert_close(utils.kl_cat(q, q.log(), p.log()), (q * (q / p).log()).sum(-1))
+
+
 def test_parameters_split_along_any_axis():
     h = torch.randn(2, 6, 4)
     m, v = utils.gaussian_parameters(h, dim=1)

@@ -171,7 +171,7 @@ def test_pixels_outside_zero_to_one_are_refused(x):
 
 ORIGINAL = [
     ("vae", "model=vae_z=10_run=0000", 20_000),
-    ("gmvae", "model=gmvae_z=10_k=500_run=0000", 20_000),
+    pytest.param("gmvae", "model=gmvae_z=10_k=500_run=0000", 20_000, marks=pytest.mark.long),
     ("ssvae", "model=ssvae_gw=001_cw=100_run=0000", 30_000),
 ]
 

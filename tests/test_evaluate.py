@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributions as td
-from conftest import MNIST, REFERENCE, Largest, needs_cuda, needs_mnist, needs_reference
+from conftest import MNIST, REFERENCE, Largest, needs_mnist, needs_reference
 from untrained import ALL, BINARY, binary, made, noise, prior, spread_out
 
 from codebase import checkpoint, data, evaluate, utils
@@ -195,21 +195,6 @@ def test_original_checkpoints_have_their_reported_figures(kind, name, step, tmp_
     for wanted, which in [(reported, "subset"), (old, "2018")]:
         found = evaluate.bounds(model, data.test_subset(test, which))
         assert {key: found[key] for key in wanted} == pytest.approx(wanted, abs=0.25)
-
-
-@needs_cuda
-@BINARY
-def test_bounds_on_cuda_are_the_cpus(kind, settings, monkeypatch):
-    monkeypatch.setattr(evaluate, "rows_at_once", lambda model: 5 * 50)
-    found = []
-    for device in ("cpu", "cuda"):
-        stream = torch.Generator().manual_seed(1)
-        monkeypatch.setattr(
-            torch, "randn_like", lambda m, s=stream: torch.randn(m.shape, generator=s).to(m.device)
-        )
-        model = made(kind, **settings).to(device)
-        found.append(evaluate.bounds(model, binary(5).to(device), (1, 10, 130)))
-    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributions as td
 import torch.nn.functional as F
-from conftest import NAMES, needs_cuda, same, weights
+from conftest import needs_cuda, same
 from untrained import ALL, BINARY, KINDS, batch, binary, made, one_hot, prior, spread_out
 
 from codebase import checkpoint
@@ -435,16 +435,3 @@ def test_losses_and_gradients_on_cuda_are_the_cpus(kind, monkeypatch):
     for name, value in on_cpu.items():
         scale = value.abs().amax().clamp(min=1)
         torch.testing.assert_close(on_cuda[name].cpu() / scale, value / scale, rtol=1e-4, atol=1e-4)
-
-
-@needs_cuda
-@ALL
-def test_training_on_cuda_resumes_bit_for_bit(kind, script, tmp_path):
-    for folder, *steps in (("whole", 20), ("parts", 10, 20)):
-        (tmp_path / folder).mkdir()
-        for step in steps:
-            result = script(kind, "--device", "cuda", "--iter_max", step, cwd=tmp_path / folder)
-            assert result.returncode == 0 and " on cuda " in result.stdout, result.stderr
-    whole, parts = (weights(tmp_path / folder, NAMES[kind], 20) for folder in ("whole", "parts"))
-    assert same(whole, parts) and {value.device.type for value in whole.values()} == {"cpu"}
-    assert not same(whole, weights(tmp_path / "parts", NAMES[kind], 10))

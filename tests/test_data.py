@@ -1,39 +1,50 @@
-"""The data: subsets, binarisation, epochs, damaged files, the choice of a data set, downloads."""
+"""The data: the course's subset, MNIST, SVHN, downloads, drawn digits, a user's own images."""
 
 import errno
 import gzip
 import hashlib
 import io
+import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.io
 import torch
-from conftest import MNIST, needs_mnist, tree
+from conftest import MNIST, needs_mnist, same, table, tree, weights
+from loopback import Server, half_then_nothing, half_then_silence, slowly, whole
 
 import run_fsvae
 import run_vae
-from codebase import data, digits, train
+from codebase import data, digits, evaluate, train
+from codebase.models.vae import VAE
 from codebase.runtime import download, options
 from codebase.runtime.files import Missing, UsageError, model_path, state_path
 
 TEST_FILES = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+MNIST_NAMES = tuple(data.COURSE["mnist_sha256"])
 
 
-@needs_mnist
-def test_the_subset_of_mnist_is_the_courses():
-    x = data.test_subset(data.mnist(str(MNIST), "test", check=1))
-    assert int(x.sum()) == data.COURSE["test_binarized"]["ones"]
-    assert digest(x) == data.COURSE["test_binarized"]["sha256_uint8"]
+def mnist_run(data_dir, **changes) -> options.Run:
+    run = run_vae.parse([]).changed(data="mnist", data_dir=str(data_dir), device="cpu")
+    return run.changed(**changes)
+
+
+def svhn_run(data_dir, **changes) -> options.Run:
+    run = run_fsvae.parse(["--split", "train", "--device", "cpu"])
+    return run.changed(data="svhn", data_dir=str(data_dir), **changes)
+
+
+# ---------------------------------------------------------------------------------------------
+# The course's images
 
 
 def digest(pixels: torch.Tensor) -> str:
@@ -60,6 +71,19 @@ def test_the_packaged_images_are_the_courses():
     assert data.COURSE_IMAGES.stat().st_size < 50_000
 
 
+@needs_mnist
+def test_the_subset_of_mnist_is_the_courses():
+    """MNIST is read whole, with its published classes, and has the packaged images."""
+    for split, count in [("train", 60_000), ("test", 10_000)]:
+        images = data.load(mnist_run(MNIST), split)
+        assert images.pixels.shape == (count, 784) and images.pixels.dtype == torch.uint8
+        assert torch.bincount(images.labels).tolist() == data.COURSE["class_counts"][split]
+        positions = images.positions(split)
+        assert torch.equal(images.pixels[positions], data.course(split).pixels)
+        assert torch.equal(images.labels[positions], data.course(split).labels)
+    assert digest(data.test_subset(images)) == data.COURSE["test_binarized"]["sha256_uint8"]
+
+
 def test_old_draws_are_those_of_old_torch():
     test = data.course("test")
     before = torch.get_rng_state()
@@ -78,113 +102,43 @@ def test_old_draws_are_those_of_old_torch():
     assert np.array_equal(older.flatten() == 1, long / 2**53 <= probabilities)
 
 
-def test_a_whole_split_has_the_present_rule():
+def test_other_splits_have_their_first_hundred_evaluated():
+    """Or all of them, where all are asked for."""
+    ink = torch.bernoulli(torch.full((130, 784), 0.5)).byte()
+    for labels in [torch.arange(130) % 10, torch.full((130,), -1), torch.arange(7)]:
+        n = len(labels)
+        images = data.Images(255 * ink[:n], labels)
+        for which, shown in [("subset", 100), ("2018", 100), ("torch-0.4", 100), ("all", 130)]:
+            assert torch.equal(data.test_subset(images, which), ink[:n][:shown].float())
     test = data.course("test")
     assert torch.equal(data.test_subset(test, "all"), data.binarize_once(test.pixels))
-    many = data.Images(torch.full((230, 784), 128, dtype=torch.uint8), torch.full((230,), -1))
-    sizes = [len(data.test_subset(many, which)) for which in ["subset", "2018", "torch-0.4", "all"]]
-    assert sizes == [100, 100, 100, 230]
 
 
-@needs_mnist
-def test_the_packaged_images_are_mnists_own():
-    for split in ("train", "test"):
-        images = data.mnist(str(MNIST), split, check=1)
-        course = data.course(split)
-        positions = images.positions(split)
-        assert torch.equal(images.pixels[positions], course.pixels)
-        assert torch.equal(images.labels[positions], course.labels)
-        if split == "test":
-            assert torch.equal(data.test_subset(images), data.test_subset(course))
-        else:
-            assert torch.equal(data.labelled_set(images).pixels, course.pixels)
-
-
-def mnist_run(data_dir, **changes) -> options.Run:
-    run = run_vae.parse([]).changed(data="mnist", data_dir=str(data_dir), device="cpu")
-    return run.changed(**changes)
-
-
-def test_without_mnist_the_packaged_images_are_evaluated(
-    tmp_path,
-):
-    run = mnist_run(tmp_path, train=0)
-    assert torch.equal(data.load(run, "test").pixels, data.course("test").pixels)
-    for in_need in [run.changed(test="all"), run.changed(train=1)]:
-        with pytest.raises(UsageError, match="t10k-images-idx3-ubyte cannot be read"):
-            data.load(in_need, "test")
-
-
-def test_mnists_test_split_is_read_whole(published, tmp_path):
-    run = mnist_run(tmp_path, train=0)
-    assert len(data.load(run, "test")) == 10_000
-    flip(published / TEST_FILES[0], -1)
-    with pytest.raises(UsageError, match="SHA-256"):
-        data.load(run, "test")
-
-
-@needs_mnist
-def test_mnist_is_read_whole_with_its_published_classes():
-    for split, count in (("train", 60_000), ("test", 10_000)):
-        images = data.load(mnist_run(MNIST), split)
-        assert images.pixels.shape == (count, 784) and images.pixels.dtype == torch.uint8
-        assert torch.bincount(images.labels).tolist() == data.COURSE["class_counts"][split]
-
-
-def test_the_labelled_subset_keeps_the_courses_repetitions(digits_dir):
+@pytest.mark.parametrize("each", [5, 10, 300])
+def test_labels_begin_with_the_courses(each, digits_dir):
+    """They are balanced and fixed, and none is there twice but the course's own."""
     images = data.drawn_digits(str(digits_dir), "train", colour=False)
-    labelled = data.labelled_set(images)
-    assert labelled.labels.tolist() == ten_of_each()
-    positions = images.positions("train")
-    assert torch.equal(images.labels[positions], labelled.labels)
-    assert torch.equal(images.pixels[positions], labelled.pixels)
-    assert positions[46] == positions[47]  # position 2176 of digit 4 stands in the table twice
-    assert len(set(positions.tolist())) == 99
-
-
-@pytest.mark.parametrize("count", [10, 50, 200, 1000, 3000])
-def test_more_labels_are_balanced_fixed_and_none_twice(count, digits_dir):
-    images = data.drawn_digits(str(digits_dir), "train", colour=False)
-    each = count // 10
     positions = images.positions("train", each)
-    assert images.labels[positions].tolist() == ten_of_each(each)
-    assert torch.equal(positions, images.positions("train", each))
-    by_digit = positions.reshape(10, each)
+    labelled = data.labelled_set(images, 10 * each)
+    assert torch.equal(labelled.pixels, images.pixels[positions])
+    assert labelled.labels.tolist() == images.labels[positions].tolist() == ten_of_each(each)
     course = images.positions("train").reshape(10, 10)
-    assert torch.equal(by_digit[:, :10], course[:, :each])  # the course's come first
+    assert course[4, 6] == course[4, 7]  # position 2176 stands in the table twice
+    assert len(course.unique()) == 99
+    by_digit = positions.reshape(10, each)
+    assert torch.equal(by_digit[:, :10], course[:, :each])
     new = by_digit[:, 10:].flatten()
-    assert len(new.unique()) == len(new)
-    assert not torch.isin(new, course).any()
+    assert len(new.unique()) == len(new) and not torch.isin(new, course).any()
     more = images.positions("train", each + 10).reshape(10, each + 10)
     assert torch.equal(more[:, :each], by_digit)  # a larger set holds the smaller one
-    if each >= 20:
-        threes = new.reshape(10, -1)[3].tolist()
-        assert threes != sorted(threes)
-    labelled = data.labelled_set(images, count)
-    assert len(labelled) == count and torch.equal(labelled.pixels, images.pixels[positions])
+    assert each < 300 or (by_digit[3, 10:].diff() < 0).any()  # shuffled
 
 
-def test_mnist_has_the_labels_that_the_flag_takes():
-    assert min(data.COURSE["class_counts"]["train"]) >= 5000
+# ---------------------------------------------------------------------------------------------
+# Batches
 
 
-def test_too_few_images_of_a_digit_are_counted():
-    images = data.Images(torch.zeros(75, 784, dtype=torch.uint8), torch.arange(75) % 10)
-    assert len(data.labelled_set(images, 70)) == 70
-    words = "argument --labels: takes 8 images of each digit, and of 5 there are 7"
-    with pytest.raises(UsageError, match=words):
-        data.labelled_set(images, 80)
-
-
-def test_another_split_has_its_first_hundred_evaluated():
-    stream = torch.Generator().manual_seed(0)
-    ink = torch.randint(0, 2, (130, 784), dtype=torch.uint8, generator=stream)
-    for labels in [torch.arange(130) % 10, torch.full((130,), -1), torch.arange(7)]:
-        images = data.Images(255 * ink[: len(labels)], labels)
-        assert torch.equal(data.test_subset(images), ink[: len(labels)][:100].float())
-
-
-def test_binarisation_draws_each_grey_level_with_its_probability():
+def test_grey_levels_are_probabilities_of_one():
     torch.manual_seed(0)
     grey = torch.arange(256, dtype=torch.uint8).repeat(40_000, 1)
     drawn = data.binarize(grey)
@@ -196,7 +150,7 @@ def test_binarisation_draws_each_grey_level_with_its_probability():
     assert deviations.abs().max() < 4.5 and abs(deviations.mean()) < 0.3
 
 
-def test_a_batch_holds_what_stands_at_its_positions():
+def test_a_batch_holds_what_is_at_its_positions():
     pixels = torch.tensor([[0, 255], [255, 0], [51, 51]], dtype=torch.uint8)
     images = data.Images(pixels, torch.tensor([7, 0, 3]))
     index = torch.tensor([2, 0, 0])
@@ -206,45 +160,39 @@ def test_a_batch_holds_what_stands_at_its_positions():
     assert torch.equal(images.one_hot(index), torch.eye(10)[[3, 7, 7]])
 
 
-def test_every_epoch_is_a_full_shuffled_pass():
-    batches = train.order(103, 10, seed=1, start=0, device="cpu")
-    stream = torch.cat([next(batches) for _ in range(31)])
-    epochs = stream[:309].reshape(3, 103)
-    assert all(sorted(epoch.tolist()) == list(range(103)) for epoch in epochs)
+@pytest.mark.parametrize("count", [103, 7])  # more than a batch of ten, and fewer
+def test_every_epoch_is_a_shuffled_pass(count):
+    """And the order can be entered at any step."""
+    batches = train.order(count, 10, seed=1, start=0, device="cpu")
+    steps = [next(batches) for _ in range(count)]
+    epochs = torch.cat(steps).reshape(10, count)
+    assert all(sorted(epoch.tolist()) == list(range(count)) for epoch in epochs)
     assert not torch.equal(epochs[0], epochs[1])
-    assert epochs[0].tolist() != list(range(103))
+    assert epochs[0].tolist() != list(range(count))
+    for start in [1, 3, count // 2, count - 1]:
+        entered = train.order(count, 10, seed=1, start=start, device="cpu")
+        assert torch.equal(next(entered), steps[start])
+    other_seed = train.order(count, 10, seed=2, start=3, device="cpu")
+    assert not torch.equal(next(other_seed), steps[3])
 
 
-def test_a_batch_may_be_larger_than_the_split():
-    batches = train.order(7, 10, seed=1, start=0, device="cpu")
-    stream = torch.cat([next(batches) for _ in range(7)])
-    assert all(sorted(epoch.tolist()) == list(range(7)) for epoch in stream.reshape(10, 7))
+# ---------------------------------------------------------------------------------------------
+# MNIST's files
 
 
-def test_the_order_can_be_entered_at_any_step():
-    from_start = train.order(103, 10, seed=1, start=0, device="cpu")
-    batches = [next(from_start) for _ in range(40)]
-    for start in [1, 10, 11, 35]:
-        entered = train.order(103, 10, seed=1, start=start, device="cpu")
-        assert torch.equal(next(entered), batches[start])
-    other_seed = train.order(103, 10, seed=2, start=35, device="cpu")
-    assert not torch.equal(next(other_seed), batches[35])
+def idx_file(header: list[int], content: np.ndarray) -> bytes:
+    return np.array(header, ">i4").tobytes() + content.tobytes()
 
 
 @pytest.fixture(scope="module")
 def idx(digits_dir) -> dict[str, bytes]:
     """The files of MNIST's test split in its own format and sizes, but with drawn digits."""
     images = data.drawn_digits(str(digits_dir), "test", colour=False)
-    pixels = images.pixels.numpy()
     labels = images.labels.numpy().astype(np.uint8)
     return {
-        TEST_FILES[0]: idx_file([2051, 10_000, 28, 28], pixels),
+        TEST_FILES[0]: idx_file([2051, 10_000, 28, 28], images.pixels.numpy()),
         TEST_FILES[1]: idx_file([2049, 10_000], labels),
     }
-
-
-def idx_file(header: list[int], content: np.ndarray) -> bytes:
-    return np.array(header, ">i4").tobytes() + content.tobytes()
 
 
 @pytest.fixture
@@ -254,7 +202,6 @@ def raw(idx, tmp_path) -> Path:
     folder.mkdir(parents=True)
     for name, content in idx.items():
         (folder / name).write_bytes(content)
-        (folder / name.replace("t10k", "train")).write_bytes(b"not read for the test split")
     return folder
 
 
@@ -266,13 +213,6 @@ def published(idx, raw, monkeypatch) -> Path:
     return raw
 
 
-def test_unpublished_files_are_refused_unless_allowed(raw, tmp_path):
-    with pytest.raises(UsageError, match=r"t10k-images-idx3-ubyte.*SHA-256.*--check_data 0"):
-        data.load(mnist_run(tmp_path), "test")
-    images = data.load(mnist_run(tmp_path, check_data=0), "test")
-    assert images.pixels.shape == (10_000, 784) and images.labels.max() == 9
-
-
 def flip(path: Path, at: int):
     """Change one byte of a file; a digit stays a digit."""
     content = bytearray(path.read_bytes())
@@ -280,16 +220,16 @@ def flip(path: Path, at: int):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "name, at",
-    [
-        (TEST_FILES[0], 16),
-        (TEST_FILES[0], 16 + 784 * 5000 + 300),
-        (TEST_FILES[0], -1),
-        (TEST_FILES[1], 8),
-        (TEST_FILES[1], -1),
-    ],
-)
+def test_unpublished_files_are_refused_unless_allowed(raw, tmp_path):
+    with pytest.raises(UsageError, match=r"t10k-images-idx3-ubyte.*SHA-256.*--check_data 0"):
+        data.load(mnist_run(tmp_path, train=0), "test")
+    images = data.load(mnist_run(tmp_path, check_data=0), "test")
+    stored = [(raw / name).read_bytes() for name in TEST_FILES]
+    assert images.pixels.numpy().tobytes() == stored[0][16:] and len(images) == 10_000
+    assert images.labels.to(torch.uint8).numpy().tobytes() == stored[1][8:]
+
+
+@pytest.mark.parametrize("name, at", [(TEST_FILES[0], 3_920_316), (TEST_FILES[1], -1)])
 def test_one_changed_byte_is_found_by_checksum_alone(published, tmp_path, name, at):
     before = data.mnist(str(tmp_path), "test", check=1)
     flip(published / name, at)
@@ -301,109 +241,8 @@ def test_one_changed_byte_is_found_by_checksum_alone(published, tmp_path, name, 
     assert (before.labels != after.labels).sum() == ("labels" in name)
 
 
-@needs_mnist
-def test_one_changed_byte_of_mnist_is_found(tmp_path):
-    folder = tmp_path / "MNIST" / "raw"
-    folder.mkdir(parents=True)
-    for name in TEST_FILES:
-        (folder / name).write_bytes((MNIST / "MNIST" / "raw" / name).read_bytes())
-    assert len(data.mnist(str(tmp_path), "test", check=1)) == 10_000
-    flip(folder / TEST_FILES[0], -5000)
-    with pytest.raises(UsageError, match="SHA-256"):
-        data.mnist(str(tmp_path), "test", check=1)
-
-
-def test_the_checked_bytes_are_the_used_bytes(published, tmp_path, monkeypatch):
-    def change_after(content):
-        digest = hashlib.sha256(content)
-        for name in TEST_FILES:
-            flip(published / name, -1)
-        return digest
-
-    wanted = data.mnist(str(tmp_path), "test", check=1)
-    shadow = type("hashlib", (), {"sha256": staticmethod(change_after)})
-    monkeypatch.setattr(data, "hashlib", shadow)
-    before = tree(published)
-    labels = data.read_idx(published / TEST_FILES[1], (2049, 10_000), 1)
-    assert tree(published) != before and torch.equal(labels.long(), wanted.labels)
-
-
-def test_old_processed_files_are_never_used(published, tmp_path):
-    processed = published.parent / "processed"
-    processed.mkdir()
-    black = torch.zeros(10_000, 28, 28).byte(), torch.zeros(10_000).long()
-    for name in ["training.pt", "test.pt"]:
-        torch.save(black, processed / name)
-    images = data.mnist(str(tmp_path), "test", check=1)
-    labels = images.labels.to(torch.uint8)
-    assert images.pixels.numpy().tobytes() == (published / TEST_FILES[0]).read_bytes()[16:]
-    assert labels.numpy().tobytes() == (published / TEST_FILES[1]).read_bytes()[8:]
-
-
-def truncated(path: Path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def longer(path: Path):
-    path.write_bytes(path.read_bytes() + b"x")
-
-
-def magic(path: Path):
-    path.write_bytes(b"\x00\x00\x08\x77" + path.read_bytes()[4:])
-
-
-def counts(path: Path):
-    path.write_bytes(path.read_bytes()[:4] + b"\x00\x00\x00\x09" + path.read_bytes()[8:])
-
-
-def stub(path: Path):
-    path.write_bytes(path.read_bytes()[:7])
-
-
-def empty(path: Path):
-    path.write_bytes(b"")
-
-
-def folder(path: Path):
-    path.unlink()
-    path.mkdir()
-
-
-def gone(path: Path):
-    path.unlink()
-
-
-START = "does not begin as that file does"
-HARMS = {  # in words that say nothing of another harm
-    truncated: r"is truncated or too long \([\d,]+ bytes\)",
-    longer: r"is truncated or too long \([\d,]+ bytes\)",
-    magic: START,
-    counts: START,
-    stub: START,
-    empty: START,
-    folder: r"cannot be read \(Is a directory\)",
-    gone: r"cannot be read \(No such file or directory\)",
-}
-
-
-@pytest.mark.parametrize("harm", HARMS)
-@pytest.mark.parametrize("name", TEST_FILES)
-def test_a_damaged_mnist_file_is_named_with_cure(published, tmp_path, name, harm):
-    harm(published / name)
-    before = tree(tmp_path)
-    words = rf"{name} {HARMS[harm]}.*: .*put an intact copy in its place$"
-    for check in [0, 1]:
-        with pytest.raises(UsageError, match=words):
-            data.mnist(str(tmp_path), "test", check)
-    assert tree(tmp_path) == before
-
-
-def test_labels_outside_zero_to_nine_are_refused(published, tmp_path):
-    path = published / TEST_FILES[1]
-    path.write_bytes(path.read_bytes()[:-1] + b"\x0b")
-    words = f"{path.name} has labels outside 0 to 9: .*put an intact copy in its place"
-    with pytest.raises(UsageError, match=words):
-        data.mnist(str(tmp_path), "test", check=0)
+# ---------------------------------------------------------------------------------------------
+# SVHN's files
 
 
 def mat(count: int, **changes) -> bytes:
@@ -419,92 +258,67 @@ def mat(count: int, **changes) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("count", [12, 20_001])  # in one block, and in two
-def test_svhn_is_read_with_ten_as_zero(count, tmp_path):
-    (tmp_path / "extra_32x32.mat").write_bytes(mat(count))
-    images = data.svhn(str(tmp_path), "extra", check=0)
+def test_svhn_is_read_with_ten_as_zero(tmp_path):
+    count = 20_001  # read in two blocks
+    (tmp_path / "train_32x32.mat").write_bytes(mat(count))
+    (tmp_path / "test_32x32.mat").write_bytes(mat(5))
+    run = svhn_run(tmp_path, check_data=0)
+    images = data.load(run, "train")
     assert images.pixels.dtype == torch.uint8 and images.pixels.shape == (count, 3072)
     counted = torch.arange(count) % 251
     assert torch.equal(images.pixels[:, 1 * 1024 + 5 * 32 + 7].long(), counted)
     assert images.pixels.count_nonzero() == counted.count_nonzero()
     assert images.labels.tolist()[:12] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2]
     assert images.labels.dtype == torch.int64
-
-
-def test_an_fsvae_reads_its_two_splits(tmp_path):
-    (tmp_path / "train_32x32.mat").write_bytes(mat(12))
-    (tmp_path / "test_32x32.mat").write_bytes(mat(5))
-    run = svhn_run(tmp_path, check_data=0)
-    assert [len(data.load(run, split)) for split in ("train", "test")] == [12, 5]
+    assert len(data.load(run, "test")) == 5
     assert len(data.load(run.changed(split="test"), "train")) == 5
 
 
-def svhn_run(data_dir, **changes) -> options.Run:
-    run = run_fsvae.parse(["--split", "train", "--device", "cpu"])
-    return run.changed(data="svhn", data_dir=str(data_dir), **changes)
-
-
-def half(path: Path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def no_mat(path: Path):
-    path.write_bytes(b"no matlab file" * 100)
-
-
-def other_names(path: Path):
-    scipy.io.savemat(path, {"images": np.zeros((32, 32, 3, 2), np.uint8)})
-
-
-def fewer_labels(path: Path):
-    path.write_bytes(mat(12, y=np.ones((11, 1), np.uint8)))
-
-
-def other_label(path: Path):
-    path.write_bytes(mat(12, y=np.full((12, 1), 11, np.uint8)))
-
-
-def no_bytes(path: Path):
-    path.write_bytes(mat(12, X=np.zeros((32, 32, 3, 12))))
-
-
-NO_MAT = r"is truncated or damaged \(\w+\)"
+NO_MAT = r"(is truncated or damaged \(\w+\)|cannot be read \(could not read bytes\))"
 NO_DIGITS = "holds no 32 x 32 x 3 byte images with labels 1 to 10"
-SVHN_HARMS = {
-    half: rf"({NO_MAT}|cannot be read \(could not read bytes\))",  # as scipy has it
-    no_mat: NO_MAT,
-    empty: NO_MAT,
-    other_names: NO_MAT,
-    fewer_labels: NO_DIGITS,
-    other_label: NO_DIGITS,
-    no_bytes: NO_DIGITS,
-    folder: r"cannot be read \(Is a directory\)",
-    gone: r"cannot be read \(No such file or directory\)",
-}
+GONE = r"cannot be read \(No such file or directory\)"
+HARMS = [  # what becomes of a file's content, and what is said of it
+    ("pixels", lambda content: content[:-1], r"is truncated or too long \([\d,]+ bytes\)"),
+    ("pixels", lambda content: content[1:], "does not begin as that file does"),
+    ("labels", lambda content: content[:-1] + b"\x0b", "has labels outside 0 to 9"),
+    ("labels", None, GONE),
+    ("svhn", lambda content: content[:20_000], NO_MAT),
+    ("svhn", lambda content: b"no matlab file" * 100, NO_MAT),
+    ("svhn", lambda content: mat(12, y=np.ones((11, 1), np.uint8)), NO_DIGITS),
+    ("svhn", lambda content: mat(12, y=np.full((12, 1), 11, np.uint8)), NO_DIGITS),
+    ("svhn", None, GONE),
+]
 
 
-@pytest.mark.parametrize("harm", SVHN_HARMS)
-def test_a_damaged_svhn_file_is_named_with_cure(harm, tmp_path):
+@pytest.mark.parametrize("kind, harm, words", HARMS)
+def test_a_damaged_file_is_named_with_cure(kind, harm, words, published, tmp_path):
+    (tmp_path / "train_32x32.mat").write_bytes(mat(12))
     path = tmp_path / "train_32x32.mat"
-    path.write_bytes(mat(12))
-    harm(path)
+    if kind != "svhn":
+        path = published / TEST_FILES[kind == "labels"]
+    content = path.read_bytes()
+    path.unlink()
+    if harm:
+        path.write_bytes(harm(content))
     before = tree(tmp_path)
-    words = rf"{path.name} {SVHN_HARMS[harm]}: .*put an intact copy in its place$"
+    words = rf"{path.name} {words}.*: .*put an intact copy in its place$"
     with pytest.raises(UsageError, match=words):
-        data.svhn(str(tmp_path), "train", check=0)
+        if kind == "svhn":
+            data.svhn(str(tmp_path), "train", check=0)
+        else:
+            data.mnist(str(tmp_path), "test", check=0)
     assert tree(tmp_path) == before
 
 
 def test_one_changed_byte_of_svhn_is_found(tmp_path, monkeypatch):
-    from torchvision.datasets import SVHN
-
     path = tmp_path / "train_32x32.mat"
     content = mat(12)
     path.write_bytes(content)
     words = r"train_32x32.mat is not the published file .*MD5.*--check_data 0"
     with pytest.raises(UsageError, match=words):
         data.svhn(str(tmp_path), "train", check=1)
-    monkeypatch.setitem(SVHN.split_list, "train", ["", path.name, hashlib.md5(content).hexdigest()])
+    published = {"train": ["", path.name, hashlib.md5(content).hexdigest()]}
+    monkeypatch.setattr("torchvision.datasets.SVHN.split_list", published)
     before = data.svhn(str(tmp_path), "train", check=1)
     flip(path, content.index(bytes(1000)) + 500)  # among the black pixels
     with pytest.raises(UsageError, match="MD5"):
@@ -512,68 +326,65 @@ def test_one_changed_byte_of_svhn_is_found(tmp_path, monkeypatch):
     assert (data.svhn(str(tmp_path), "train", check=0).pixels != before.pixels).sum() == 1
 
 
+# ---------------------------------------------------------------------------------------------
+# Which data set a run has
+
+
 @pytest.fixture
 def choose(tmp_path, monkeypatch):
-    """Which data set a VAE's run has: choose("auto", train=0, stored=["mnist"], test="all").
+    """Which data set a VAE's run has: choose("auto", train=0, stored=["mnist"]).
 
     stored: the data sets of which it has checkpoints; present: whether MNIST's files are there;
     arrive: whether a download brings them. Returns it, and whether a download was tried.
     """
-    tried = []
     monkeypatch.chdir(tmp_path)
 
-    def run(
-        asked: str, train: int, stored=(), present=False, arrive=False, test="all"
-    ) -> tuple[str, bool]:
+    def run(asked, train, stored=(), present=False, arrive=False) -> tuple[str, bool]:
         asking = run_vae.parse(["--z", "3", "--iter_max", "300", "--run", "4", "--data", asked])
-        asking = asking.changed(train=train, test=test, data_dir=str(tmp_path / "data"))
+        asking = asking.changed(train=train, test="all", data_dir=str(tmp_path / "data"))
         asking = asking.changed(words="run_vae.py --z 3 --train 0 --run 4 --train=0".split())
-        real = asking.changed(data="mnist")
+        files = download.files(asking.changed(data="mnist"))
         for name in stored:
-            path = model_path(asking.changed(data=name).name, 300)
-            path.parent.mkdir(parents=True)
-            path.touch()
+            store(model_path(asking.changed(data=name).name, 300))
 
-        def put_files_in_place():
-            for path in download.files(real):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.touch()
-
-        def fetch(run):
-            if all(path.exists() for path in download.files(run)):
+        def fetch(_):
+            if all(path.exists() for path in files):
                 return None
-            tried.append(run)
-            return put_files_in_place() if arrive else "no route to host"
+            run.tried = True
+            if not arrive:
+                return "no route to host"
+            for path in files:
+                store(path)
 
         monkeypatch.setattr(download, "fetch", fetch)
         if present:
-            put_files_in_place()
-        return download.choose_data(asking), bool(tried)
+            for path in files:
+                store(path)
+        return download.choose_data(asking), run.tried
 
-    run.tried = tried
+    run.tried = False
     return run
 
 
-@pytest.mark.parametrize(
-    "asked, train, stored, present, arrive, wanted",
-    [
-        ("auto", 1, [], True, False, ("mnist", False)),
-        ("auto", 1, [], False, True, ("mnist", True)),
-        ("auto", 1, [], False, False, ("digits", True)),
-        ("auto", 1, ["digits"], True, False, ("mnist", False)),
-        ("auto", 1, ["mnist"], False, False, ("digits", True)),
-        ("mnist", 1, [], False, True, ("mnist", True)),
-        ("digits", 1, [], True, True, ("digits", False)),
-        ("digits", 1, [], False, True, ("digits", False)),
-        ("auto", 0, ["mnist"], True, False, ("mnist", False)),
-        ("auto", 0, ["mnist", "digits"], True, False, ("mnist", False)),
-        ("auto", 0, ["mnist"], False, True, ("mnist", True)),
-        ("auto", 0, ["digits"], False, True, ("digits", False)),
-        ("auto", 0, ["mnist", "digits"], False, True, ("mnist", True)),
-        ("auto", 0, ["mnist", "digits"], False, False, ("digits", True)),
-        ("digits", 0, ["digits"], False, True, ("digits", False)),
-    ],
-)
+def store(path: Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+CHOICES = [  # --data, --train, checkpoints, files there, do they arrive; data set, download tried
+    ("auto", 1, [], True, False, ("mnist", False)),
+    ("auto", 1, [], False, True, ("mnist", True)),
+    ("auto", 1, [], False, False, ("digits", True)),
+    ("mnist", 1, [], False, True, ("mnist", True)),
+    ("auto", 0, ["mnist", "digits"], True, False, ("mnist", False)),
+    ("auto", 0, ["digits"], False, True, ("digits", False)),
+    ("auto", 0, ["mnist", "digits"], False, True, ("mnist", True)),
+    ("auto", 0, ["mnist", "digits"], False, False, ("digits", True)),
+    ("digits", 0, ["digits"], False, True, ("digits", False)),
+]
+
+
+@pytest.mark.parametrize("asked, train, stored, present, arrive, wanted", CHOICES)
 def test_a_run_has_its_data_set_or_digits(
     choose, capsys, asked, train, stored, present, arrive, wanted
 ):
@@ -587,72 +398,46 @@ def test_a_run_has_its_data_set_or_digits(
 
 
 @pytest.mark.parametrize(
-    "asked, stored, present, wanted",
+    "has_state, advice",
     [
-        ("auto", ["mnist"], False, "mnist"),
-        ("auto", ["mnist"], True, "mnist"),
-        ("auto", ["mnist", "digits"], False, "mnist"),
-        ("auto", ["digits"], False, "digits"),
-        ("mnist", ["mnist"], False, "mnist"),
-        ("mnist", ["mnist", "digits"], False, "mnist"),
-        ("digits", ["mnist", "digits"], True, "digits"),
+        (True, "to train one: python run_vae.py --z 3 --run 4"),
+        (False, "it has no state to resume from: give one of these, or train another --run"),
     ],
 )
-@pytest.mark.parametrize("test", ["subset", "2018", "torch-0.4"])
-def test_the_packaged_images_need_no_download(choose, capsys, asked, stored, present, wanted, test):
-    assert choose(asked, 0, stored, present, arrive=True, test=test) == (wanted, False)
-    assert ("DRAWN DIGITS" in capsys.readouterr().out) == (asked == "auto" and wanted == "digits")
-
-
-@pytest.mark.parametrize("arrive, wanted", [(True, "mnist"), (False, "digits")])
-def test_to_train_takes_the_files_whatever_is_evaluated(choose, arrive, wanted):
-    assert choose("auto", 1, arrive=arrive, test="subset") == (wanted, True)
-
-
-@pytest.mark.parametrize("test", ["subset", "all"])
-@pytest.mark.parametrize(
-    "asked, stored, present, missing",
-    [
-        ("auto", [], False, "mnist"),
-        ("auto", [], True, "mnist"),
-        ("auto", ["digits"], True, "mnist"),
-        ("mnist", ["digits"], False, "mnist"),
-        ("digits", ["mnist"], True, "digits"),
-    ],
-)
-def test_a_missing_checkpoint_is_named_before_downloads(
-    choose, asked, stored, present, missing, test
-):
-    model_path("model=vae_z=03_run=0004", 200).parent.mkdir(parents=True)
-    model_path("model=vae_z=03_run=0004", 200).touch()
-    state_path("model=vae_z=03_run=0004").touch()
-    if "mnist" in stored:
-        model_path("model=vae_z=03_run=0004", 300).touch()
-        stored = []
-    with pytest.raises(Missing) as caught:
-        choose(asked, 0, stored, present, arrive=True, test=test)
-    assert not choose.tried
+def test_a_missing_checkpoint_is_named_before_downloads(choose, has_state, advice):
     name = "model=vae_z=03_run=0004"
-    steps = "200"
-    if missing == "digits":
-        name = "model=vae_z=03_data=digits_run=0004"
-        steps = "none"
-    there = f"there is no checkpoints/{name}/model-00300.pt; checkpoints of this run: {steps}"
-    assert str(caught.value) == f"{there}; to train one: python run_vae.py --z 3 --run 4"
+    store(model_path(name, 200))
+    if has_state:
+        store(state_path(name))
+    with pytest.raises(Missing) as caught:
+        choose("auto", 0, arrive=True)
+    assert not choose.tried
+    there = f"there is no checkpoints/{name}/model-00300.pt; checkpoints of this run: 200"
+    assert str(caught.value) == f"{there}; {advice}"
 
 
-RAW = Path("MNIST", "raw")
-MNIST_NAMES = tuple(data.COURSE["mnist_sha256"])
+@pytest.mark.parametrize("asked, train, stored", [("mnist", 1, []), ("auto", 0, ["mnist"])])
+def test_files_that_cannot_be_had_are_listed(choose, tmp_path, asked, train, stored):
+    """To evaluate takes no training image, and has no checkpoint of the digits."""
+    with pytest.raises(UsageError) as caught:
+        choose(asked, train, stored)
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    listed = ", ".join(str(raw / name) for name in MNIST_NAMES[0 if train else 2 :])
+    message = "MNIST cannot be downloaded (no route to host); put these files in place by hand: "
+    message += f"{listed}; or use --data digits" if train else listed
+    assert str(caught.value) == message
 
 
-def near(tmp_path, monkeypatch, there: list[str], data_dir: str = ".", model=run_vae):
-    """A run in this folder, from which these files cannot be downloaded."""
+# ---------------------------------------------------------------------------------------------
+# Files that are nearly there
+
+
+def near(tmp_path, monkeypatch, there: list[str], data_dir: str, model=run_vae) -> options.Run:
+    """A run in this folder, with these files, from which none can be downloaded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(download, "fetch", lambda run: "no route to host")
     for name in there:
-        path = Path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"the user's own")
+        store(Path(name))
     run = model.parse([])
     return run.changed(data=run.real_data, data_dir=data_dir, device="cpu")
 
@@ -671,166 +456,48 @@ def banner(run, capsys) -> str:
 
 def test_the_banner_names_where_it_looked(tmp_path, monkeypatch, capsys):
     said = banner(near(tmp_path, monkeypatch, [], "data"), capsys)
-    assert f"Looked in {tmp_path / 'data' / RAW} for {', '.join(MNIST_NAMES)}." in said
-    assert "But" not in said
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    assert f"Looked in {raw} for {', '.join(MNIST_NAMES)}." in said
+    assert "DRAWN DIGITS" in said and "But" not in said
 
 
+RAW = [f"d/MNIST/raw/{name}" for name in MNIST_NAMES]
 DOTTED = [name.replace("-idx", ".idx") for name in MNIST_NAMES]
-NEAR = {  # the files that are there, --data_dir, what the banner says of them after "there is "
-    "the folder MNIST": (
-        [f"d/MNIST/raw/{name}" for name in MNIST_NAMES],
-        "d/MNIST",
-        "d/MNIST/raw/{0} (and 3 more): give --data_dir {tmp_path}/d",
-    ),
-    "the folder raw": (
-        [f"d/MNIST/raw/{name}" for name in MNIST_NAMES],
-        "d/MNIST/raw",
-        "d/MNIST/raw/{0} (and 3 more): give --data_dir {tmp_path}/d",
-    ),
-    "flat in the folder": (
-        [f"d/{name}" for name in MNIST_NAMES],
-        "d",
-        "d/{0} (and 3 more): move it to d/MNIST/raw/{0}, and the others likewise",
-    ),
-    "names with a dot": (
-        [f"d/MNIST/raw/{name}" for name in DOTTED],
-        "d",
-        "d/MNIST/raw/{1} (and 3 more): move it to d/MNIST/raw/{0}, and the others likewise",
-    ),
-    "packed": (
-        [f"d/MNIST/raw/{name}.gz" for name in MNIST_NAMES],
-        "d",
-        "d/MNIST/raw/{0}.gz (and 3 more): unpack it to d/MNIST/raw/{0}, and the others likewise",
-    ),
-    "one that is packed, with a dot, flat": (
-        [*(f"d/MNIST/raw/{name}" for name in MNIST_NAMES[1:]), f"d/{DOTTED[0]}.gz"],
-        "d",
-        "d/{1}.gz: unpack it to d/MNIST/raw/{0}",
-    ),
-}
+TRAIN = "d/train_32x32.mat"
+LIKEWISE = "to d/MNIST/raw/{name}, and the others likewise"
+NEAR = [  # the files that are there, --data_dir, what the banner says of them after "there is "
+    (RAW, "d/MNIST/raw", "{raw} (and 3 more): give --data_dir {tmp_path}/d"),
+    ([f"d/{name}" for name in MNIST_NAMES], "d", "d/{name} (and 3 more): move it " + LIKEWISE),
+    ([f"{name}.gz" for name in RAW], "d", "{raw}.gz (and 3 more): unpack it " + LIKEWISE),
+    ([*RAW[1:], f"d/{DOTTED[0]}.gz"], "d", "d/{dotted}.gz: unpack it to {raw}"),
+    ([f"d/MNIST/{DOTTED[0]}"], "d", "d/MNIST/{dotted}: move it to {raw}"),
+    ([TRAIN, "d/test_32x32.mat"], "d", f"{TRAIN}: give --split train to train on it"),
+    (["d/SVHN/extra_32x32.mat"], "d", "d/SVHN/extra_32x32.mat: move it to d/extra_32x32.mat"),
+]
 
 
-@pytest.mark.parametrize("case", NEAR)
-def test_files_nearly_there_are_named_with_cure(case, tmp_path, monkeypatch, capsys):
-    there, data_dir, words = NEAR[case]
-    run = near(tmp_path, monkeypatch, there, data_dir)
+@pytest.mark.parametrize("there, data_dir, words", NEAR, ids=range(7))
+def test_files_nearly_there_are_named_with_cure(
+    there, data_dir, words, tmp_path, monkeypatch, capsys
+):
+    script = run_fsvae if "32x32" in words else run_vae
+    run = near(tmp_path, monkeypatch, there, data_dir, script)
     before = tree(tmp_path)
     said = banner(run, capsys)
-    assert f"But there is {words.format(MNIST_NAMES[0], DOTTED[0], tmp_path=tmp_path)}.\n" in said
+    words = words.format(name=MNIST_NAMES[0], dotted=DOTTED[0], raw=RAW[0], tmp_path=tmp_path)
+    assert f"But there is {words}.\n" in said
     assert "DRAWN DIGITS" in said and tree(tmp_path) == before
 
 
 def test_the_named_data_dir_works_as_printed(tmp_path, monkeypatch):
     there = [f"my data/MNIST/raw/{name}" for name in MNIST_NAMES]
     run = near(tmp_path, monkeypatch, there, "my data/MNIST")
-    given = shlex.split(download.near_miss(run).split(": give ")[1])
-    assert given[0] == "--data_dir"
-    assert download.is_usable(run.changed(data_dir=given[1]))
+    flag, data_dir = shlex.split(download.near_miss(run).split(": give ")[1])
+    assert flag == "--data_dir" and download.is_usable(run.changed(data_dir=data_dir))
 
 
-def test_another_svhn_split_that_is_there_is_named(tmp_path, monkeypatch, capsys):
-    run = near(tmp_path, monkeypatch, ["d/train_32x32.mat", "d/test_32x32.mat"], "d", run_fsvae)
-    said = banner(run, capsys)
-    assert "But there is d/train_32x32.mat: give --split train to train on it.\n" in said
-
-
-def test_svhn_in_a_folder_below_is_named(tmp_path, monkeypatch, capsys):
-    run = near(tmp_path, monkeypatch, ["d/SVHN/extra_32x32.mat"], "d", run_fsvae)
-    said = banner(run, capsys)
-    assert "But there is d/SVHN/extra_32x32.mat: move it to d/extra_32x32.mat.\n" in said
-
-
-@pytest.mark.parametrize(
-    "asked, train, stored", [("mnist", 1, []), ("mnist", 0, ["mnist"]), ("auto", 0, ["mnist"])]
-)
-def test_files_that_cannot_be_had_are_listed(choose, tmp_path, asked, train, stored):
-    with pytest.raises(UsageError) as caught:
-        choose(asked, train, stored)
-    message = str(caught.value)
-    reason = "MNIST cannot be downloaded (no route to host)"
-    assert message.startswith(f"{reason}; put these files in place by hand: ")
-    # --train 0 has no checkpoint of the digits, and needs no training image.
-    assert message.endswith("; or use --data digits") == bool(train)
-    for name in MNIST_NAMES:
-        is_listed = str(tmp_path / "data" / RAW / name) in message
-        assert is_listed == (train or name.startswith("t10k"))
-
-
-def test_a_checkpoint_without_state_is_not_called_trainable(choose):
-    model_path("model=vae_z=03_run=0004", 200).parent.mkdir(parents=True)
-    model_path("model=vae_z=03_run=0004", 200).touch()
-    with pytest.raises(Missing) as caught:
-        choose("mnist", 0)
-    advice = "it has no state to resume from: give one of these, or train another --run"
-    assert str(caught.value).endswith(f"run: 200; {advice}")
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_a_failed_download_leaves_folders_as_they_were(there, tmp_path, monkeypatch):
-    def fails(*_, **__):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("torchvision.datasets.MNIST", fails)
-    if there:
-        (tmp_path / "data").mkdir()
-    assert download.fetch(mnist_run(tmp_path / "data")) == "no route to host"
-    assert (tmp_path / "data").exists() == there
-
-
-def whole(content: bytes, over: threading.Event) -> Iterator[bytes]:
-    yield content
-
-
-def slowly(content: bytes, over: threading.Event) -> Iterator[bytes]:
-    size = len(content) // 12
-    for start in range(0, len(content), size):
-        yield content[start : start + size]
-        over.wait(0.25)
-
-
-def half_then_silence(content: bytes, over: threading.Event) -> Iterator[bytes]:
-    yield content[: len(content) // 2]
-    over.wait(60)
-
-
-def half_then_nothing(content: bytes, over: threading.Event) -> Iterator[bytes]:
-    yield content[: len(content) // 2]
-
-
-class Server(ThreadingHTTPServer):
-    """A server on this machine: how(content, over) sends files[name], None sends nothing at all."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.files: dict[str, bytes] = {}
-        self.how: Callable[..., Iterator[bytes]] | None = whole
-        self.asked: list[str] = []
-        self.over = threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_port}/"
-
-
-class Answer(BaseHTTPRequestHandler):
-    def do_GET(self):
-        name = self.path.strip("/")
-        self.server.asked.append(name)
-        if self.server.how is None:
-            return self.server.over.wait(60)
-        if name not in self.server.files:
-            return self.send_error(404)
-        content = self.server.files[name]
-        try:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            for piece in self.server.how(content, self.server.over):
-                self.wfile.write(piece)
-        except OSError:  # whoever asked has gone
-            pass
-
-    def log_message(self, *_):
-        pass
+# ---------------------------------------------------------------------------------------------
+# Downloads, from a server on this machine
 
 
 @pytest.fixture
@@ -846,90 +513,28 @@ def server(monkeypatch):
 
 @pytest.fixture
 def svhn_server(server, monkeypatch):
-    """SVHN's three splits on a server of this machine: 12, 5 and 7 images, and 500 kB more each."""
-    from torchvision.datasets import SVHN
-
+    """SVHN's three splits: 12, 5 and 7 images, and 500 kB more each."""
+    published = {}
     for split, count in (("train", 12), ("test", 5), ("extra", 7)):
         name = f"{split}_32x32.mat"
         content = mat(count, rest=np.zeros(500_000, np.uint8))
         server.files[name] = content
-        published = [server.url + name, name, hashlib.md5(content).hexdigest()]
-        monkeypatch.setitem(SVHN.split_list, split, published)
+        published[split] = [server.url + name, name, hashlib.md5(content).hexdigest()]
+    monkeypatch.setattr("torchvision.datasets.SVHN.split_list", published)
     return server
 
 
 @pytest.fixture
 def mnist_server(server, monkeypatch):
-    """MNIST's four files, of five images, on a server of this machine; server.raw: unpacked."""
-    from torchvision.datasets import MNIST
-
-    pixels = np.random.RandomState(0).randint(0, 256, 5 * 784).astype(np.uint8)
-    images = idx_file([2051, 5, 28, 28], pixels)
+    """MNIST's four files, of five images; server.raw has them unpacked."""
+    images = idx_file([2051, 5, 28, 28], grey(5))
     labels = idx_file([2049, 5], np.arange(5, dtype=np.uint8))
     server.raw = {name: images if "images" in name else labels for name in MNIST_NAMES}
     server.files = {f"{name}.gz": gzip.compress(content) for name, content in server.raw.items()}
     digests = [(name, hashlib.md5(content).hexdigest()) for name, content in server.files.items()]
-    monkeypatch.setattr(MNIST, "resources", digests)
-    monkeypatch.setattr(MNIST, "mirrors", [server.url])
+    monkeypatch.setattr("torchvision.datasets.MNIST.resources", digests)
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", [server.url])
     return server
-
-
-@pytest.mark.parametrize(
-    "split, train, present, wanted",
-    [
-        ("extra", 1, [], ["extra", "test"]),
-        ("train", 1, [], ["train", "test"]),
-        ("test", 1, [], ["test"]),
-        ("extra", 0, [], ["test"]),
-        ("train", 1, ["train"], ["test"]),
-        ("train", 1, ["train", "test"], []),
-        ("train", 0, ["test"], []),
-    ],
-)
-def test_an_fsvae_fetches_its_two_splits(split, train, present, wanted, tmp_path, svhn_server):
-    run = svhn_run(tmp_path, split=split, train=train)
-    for name in present:
-        (tmp_path / f"{name}_32x32.mat").write_bytes(b"the user's own")
-    assert download.fetch(run) is None
-    assert set(svhn_server.asked) == {f"{name}_32x32.mat" for name in wanted}
-    files = {f"{name}_32x32.mat": b"the user's own" for name in present}
-    for name in svhn_server.asked:
-        files[name] = svhn_server.files[name]
-    assert tree(tmp_path) == files
-
-
-def test_an_fsvae_does_without_a_test_split(tmp_path, svhn_server):
-    run = svhn_run(tmp_path)
-    del svhn_server.files["test_32x32.mat"]
-    assert "404" in download.fetch(run)
-    assert list(tree(tmp_path)) == ["train_32x32.mat"]
-    assert download.choose_data(run.changed(data="auto")) == "svhn"
-
-
-@pytest.mark.parametrize(
-    "split, served, remark",
-    [
-        ("train", ["train", "test"], False),
-        ("train", ["train"], True),
-        ("test", ["test"], True),
-    ],
-)
-def test_an_fsvae_says_where_training_images_were_evaluated(
-    split, served, remark, svhn_server, script, tmp_path
-):
-    for name in ["train", "test", "extra"]:
-        if name not in served:
-            del svhn_server.files[f"{name}_32x32.mat"]
-    place = tmp_path / "data"
-    folder = tmp_path / "run"
-    place.mkdir()
-    folder.mkdir()
-    flags = ["--data", "svhn", "--split", split, "--data_dir", place, "--iter_max", 1]
-    for training in (1, 0):
-        result = script("fsvae", *flags, "--train", training, cwd=folder)
-        assert result.returncode == 0, result.stderr
-        (line,) = [line for line in result.stdout.splitlines() if line.startswith("NELBO: ")]
-        assert ("training images" in line) == remark
 
 
 def assert_is_mnist(folder: Path, server: Server) -> None:
@@ -938,106 +543,118 @@ def assert_is_mnist(folder: Path, server: Server) -> None:
     assert {path.name for path in folder.iterdir()} == {"MNIST"}
 
 
-def test_mnist_arrives_whole(mnist_server, tmp_path, capsys):
-    run = mnist_run(tmp_path / "data")  # which is made
-    assert download.choose_data(run.changed(data="auto")) == "mnist"
+def test_mnist_arrives_whole_and_once(mnist_server, tmp_path, capsys):
+    to_evaluate = mnist_run(tmp_path / "data", train=0, test="all")
+    assert len(download.files(to_evaluate)) == 2
+    assert download.fetch(to_evaluate) is None
     assert_is_mnist(tmp_path / "data", mnist_server)
-    assert "NO MNIST" not in capsys.readouterr().out
     asked = len(mnist_server.asked)
-    assert download.fetch(run) is None
-    assert len(mnist_server.asked) == asked  # what is there is not fetched again
-
-
-def test_to_evaluate_fetches_no_file_twice(mnist_server, tmp_path):
-    run = mnist_run(tmp_path, train=0, test="all")
-    assert len(download.files(run)) == 2
-    assert download.fetch(run) is None
-    asked = len(mnist_server.asked)
-    assert len(tree(tmp_path)) == 4
-    assert download.fetch(mnist_run(tmp_path)) is None
+    run = mnist_run(tmp_path / "data")
+    assert download.choose_data(run.changed(data="auto")) == "mnist"
     assert len(mnist_server.asked) == asked
+    assert "NO MNIST" not in capsys.readouterr().out
 
 
-def test_a_download_leaves_present_files_alone(mnist_server, tmp_path):
+def test_a_download_replaces_no_present_file(mnist_server, tmp_path, monkeypatch):
+    """Where nobody listens, the next mirror is asked."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = f"http://127.0.0.1:{closed.getsockname()[1]}/"
+    mirrors = [nobody, mnist_server.url]
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", mirrors)
     run = mnist_run(tmp_path)
     there, *missing = download.files(run)
-    there.parent.mkdir(parents=True)
-    there.write_bytes(b"the user's own")
+    store(there)
     assert download.fetch(run) is None
-    assert there.read_bytes() == b"the user's own"
+    assert there.read_bytes() == b""
     assert all(path.read_bytes() == mnist_server.raw[path.name] for path in missing)
 
 
-def test_a_silent_mirror_is_passed_over(mnist_server, tmp_path, monkeypatch):
-    from torchvision.datasets import MNIST
-
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        nobody = f"http://127.0.0.1:{closed.getsockname()[1]}/"
-    monkeypatch.setattr(MNIST, "mirrors", [nobody, mnist_server.url])
-    assert download.fetch(mnist_run(tmp_path)) is None
-    assert len(tree(tmp_path)) == 4
+SPLITS = [  # --split, --train, what is there, what is fetched
+    ("extra", 1, [], ["extra", "test"]),
+    ("test", 1, [], ["test"]),
+    ("extra", 0, [], ["test"]),
+    ("train", 1, ["train"], ["test"]),
+]
 
 
-def test_svhn_arrives_whole_and_is_read(svhn_server, tmp_path):
-    run = svhn_run(tmp_path)
-    assert download.choose_data(run) == "svhn"
-    assert len(data.load(run, "train")) == 12  # with its checksum
-    assert len(data.load(run, "test")) == 5
-    assert {path.name for path in tmp_path.iterdir()} == {"train_32x32.mat", "test_32x32.mat"}
+@pytest.mark.parametrize("split, train, present, wanted", SPLITS)
+def test_an_fsvae_fetches_its_two_splits(split, train, present, wanted, tmp_path, svhn_server):
+    for name in present:
+        store(tmp_path / f"{name}_32x32.mat")
+    assert download.fetch(svhn_run(tmp_path, split=split, train=train)) is None
+    files = {f"{name}_32x32.mat": b"" for name in present}
+    for name in wanted:
+        files[f"{name}_32x32.mat"] = svhn_server.files[f"{name}_32x32.mat"]
+    assert tree(tmp_path) == files
+    assert {f"{name}_32x32.mat" for name in wanted} == set(svhn_server.asked)
 
 
 def test_a_slow_download_continues_and_shows_progress(svhn_server, tmp_path, monkeypatch, capfd):
+    assert 5 <= download.SILENCE <= 20
     monkeypatch.setattr(download, "SILENCE", 2)
     svhn_server.how = slowly
     del svhn_server.files["test_32x32.mat"]
     run = svhn_run(tmp_path)
     began = time.monotonic()
-    download.fetch(run)
-    # Patience for the whole would not do.
-    assert time.monotonic() - began > download.SILENCE
-    assert download.files(run)[0].read_bytes() == svhn_server.files["train_32x32.mat"]
+    assert "404" in download.fetch(run)  # of the test split, which is done without
+    assert time.monotonic() - began > download.SILENCE  # patience for the whole would not do
+    assert tree(tmp_path) == {"train_32x32.mat": svhn_server.files["train_32x32.mat"]}
     shown = capfd.readouterr().err
     assert "100%" in shown and "B/s]" in shown
     assert shown.count("\r") > 4  # it moves
+    svhn_server.how = whole
+    assert download.choose_data(run.changed(data="auto")) == "svhn"
+    assert len(data.load(run, "train")) == 12  # with its checksum
 
 
-@pytest.mark.parametrize("how", [None, half_then_silence])
-@pytest.mark.parametrize("which", ["mnist", "svhn"])
-def test_a_dead_download_is_given_up_without_trace(which, how, request, tmp_path, monkeypatch):
-    server = request.getfixturevalue(f"{which}_server")
+@pytest.fixture
+def served(request, tmp_path):
+    """The server of a data set, and a run that wants it in a new folder."""
+    server = request.getfixturevalue(f"{request.param}_server")
+    make = {"mnist": mnist_run, "svhn": svhn_run}[request.param]
+    return server, make(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    "served, how", [("mnist", None), ("svhn", half_then_silence)], indirect=["served"]
+)
+def test_a_dead_download_is_given_up(served, how, tmp_path, monkeypatch):
+    """Without a trace, when no byte has arrived for a while."""
+    server, run = served
     monkeypatch.setattr(download, "SILENCE", 1)
     server.how = how  # it hangs up after 60 seconds, which would be another reason
-    run = mnist_run(tmp_path) if which == "mnist" else svhn_run(tmp_path)
     assert download.fetch(run) == "no answer for 1 seconds"
     assert list(tmp_path.iterdir()) == []
     assert socket.getdefaulttimeout() is None
 
 
-def test_patience_with_a_silent_server_is_seconds():
-    assert 5 <= download.SILENCE <= 20
+FAILURES = [
+    ("mnist", "another file", "corrupted"),
+    ("svhn", "half of it", "corrupted"),
+    ("mnist", "none", "404"),
+    ("svhn", "no answer", "refused"),
+]
 
 
-@pytest.mark.parametrize("which", ["mnist", "svhn"])
-@pytest.mark.parametrize("harm", ["another file", "cut off", "not there", "nobody listens"])
-def test_a_failed_download_leaves_nothing_but_digits(which, harm, request, tmp_path, capsys):
-    server = request.getfixturevalue(f"{which}_server")
-    if harm == "another file":
+@pytest.mark.parametrize("served, sent, words", FAILURES, indirect=["served"])
+def test_a_failed_download_leaves_nothing(served, sent, words, tmp_path, capsys):
+    server, run = served
+    if sent == "another file":
         server.files = {name: content[:-1] + b"x" for name, content in server.files.items()}
-    elif harm == "cut off":
+    if sent == "half of it":
         server.how = half_then_nothing
-    elif harm == "not there":
+    if sent == "none":
         server.files = {}
-    else:
+    if sent == "no answer":
         server.shutdown()
         server.socket.close()
-    run = mnist_run(tmp_path) if which == "mnist" else svhn_run(tmp_path)
     reason = download.fetch(run)
-    words = {"not there": "404", "nobody listens": "refused"}.get(harm, "corrupted")
     assert words in reason and "\n" not in reason
     assert list(tmp_path.iterdir()) == []
     assert download.choose_data(run.changed(data="auto")) == "digits"
-    assert f"NO {which.upper()} ({reason})" in capsys.readouterr().out
-    with pytest.raises(UsageError, match=f"{which.upper()} cannot be downloaded"):
+    name = run.data.upper()
+    assert f"NO {name} ({reason})" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=f"{name} cannot be downloaded"):
         download.choose_data(run)
 
 
@@ -1059,15 +676,14 @@ def test_a_signal_ends_a_download_without_trace(svhn_server, script, tmp_path):
 
     svhn_server.how = interrupting
     place = tmp_path / "data"
-    folder = tmp_path / "run"
     place.mkdir()
-    folder.mkdir()
-    result = script("fsvae", "--data", "svhn", "--split", "train", "--data_dir", place, cwd=folder)
+    result = script("fsvae", "--data", "svhn", "--split", "train", "--data_dir", place)
     assert result.returncode == 143 and svhn_server.asked == ["train_32x32.mat"] * 2
     assert list(place.iterdir()) == []
 
 
-def test_left_over_downloads_are_removed_a_day_later(svhn_server, tmp_path):
+def test_left_over_downloads_are_removed_later(svhn_server, tmp_path):
+    """A day after a kill; those of the last day may be under way."""
     for name, age in ((".download-old", 100_000), (".download-new", 100)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train_32x32.mat").write_bytes(b"half")
@@ -1077,112 +693,64 @@ def test_left_over_downloads_are_removed_a_day_later(svhn_server, tmp_path):
     assert there == [".download-new", "test_32x32.mat", "train_32x32.mat"]
 
 
-def test_simultaneous_downloads_do_not_disturb_each_other(mnist_server, tmp_path):
+def test_simultaneous_downloads_arrive_whole(mnist_server, tmp_path):
     run = mnist_run(tmp_path / "data")
     answers = []
-
-    def fetch():
-        answers.append(download.fetch(run))
-
-    starts = [threading.Thread(target=fetch) for _ in range(4)]
+    threads = []
+    for _ in range(4):
+        threads.append(threading.Thread(target=lambda: answers.append(download.fetch(run))))
     try:
-        for start in starts:
-            start.start()
-        for start in starts:
-            start.join()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     finally:
         socket.setdefaulttimeout(None)  # which processes, unlike threads, do not share
     assert answers == [None] * 4
     assert_is_mnist(tmp_path / "data", mnist_server)
 
 
-@pytest.fixture(params=["by the system", "by its rights"])
-def unwritable(request, tmp_path, monkeypatch) -> Path:
-    """A folder in which nothing can be made."""
-    if request.param == "by the system":
-        if not Path("/proc/self").is_dir():
-            pytest.skip("no such folder on this system")
-        return Path("/proc/self")
-    folder = tmp_path / "unwritable"
-    folder.mkdir()
-    (folder / "notes").write_text("the user's own")
-    folder.chmod(0o555)
-    if os.access(folder, os.W_OK):  # rights do not bind the superuser
+def test_an_unwritable_folder_gives_drawn_digits(
+    mnist_server, tmp_path, monkeypatch, capsys, digits_dir
+):
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-        def refuse(path, *_, **__):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-
-        monkeypatch.setattr(os, "mkdir", refuse)
-        monkeypatch.setattr(data, "write", refuse)
-    return folder
-
-
-def test_an_unwritable_folder_gives_the_drawn_digits(mnist_server, unwritable, capsys, digits_dir):
-    run = mnist_run(unwritable)
+    monkeypatch.setattr(os, "mkdir", refuse)  # for rights do not bind the superuser
+    monkeypatch.setattr(data, "write", refuse)
+    run = mnist_run(tmp_path)
     assert download.choose_data(run.changed(data="auto")) == "digits"
     assert "DRAWN DIGITS instead" in capsys.readouterr().out
     images = data.load(run.changed(data="digits"), "test")
     stored = data.drawn_digits(str(digits_dir), "test", colour=False)
     assert torch.equal(images.pixels, stored.pixels)
-    with pytest.raises(UsageError, match=r"MNIST cannot be downloaded.*by hand"):
-        download.choose_data(run)
 
 
-def test_a_folder_that_cannot_be_made_is_named(mnist_server, tmp_path):
+def test_a_folder_that_cannot_be_made(mnist_server, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UsageError, match=r"argument --data_dir: .*file/data cannot be made"):
         download.fetch(mnist_run(tmp_path / "file" / "data"))
 
 
-def test_drawn_digits_have_mnists_own_numbers_per_class(digits_dir):
-    for split in ("train", "test"):
-        images = data.drawn_digits(str(digits_dir), split, colour=False)
+# ---------------------------------------------------------------------------------------------
+# Drawn digits
+
+
+def test_drawn_digits_resemble_mnist(digits_dir):
+    """In numbers and blackness; they differ, can be told apart, and no split has another's."""
+    train_split = data.drawn_digits(str(digits_dir), "train", colour=False)
+    test_split = data.drawn_digits(str(digits_dir), "test", colour=False)
+    for split, images in [("train", train_split), ("test", test_split)]:
         assert torch.bincount(images.labels).tolist() == data.COURSE["class_counts"][split]
         assert images.pixels.dtype == torch.uint8 and images.pixels.shape[1] == 784
         assert images.labels[:100].unique().numel() == 10  # shuffled
-
-
-@pytest.mark.parametrize("in_colour", [False, True])
-def test_drawn_digits_are_the_same_each_time(in_colour):
-    counts = [110] * 10
-    threads = torch.get_num_threads()
-    torch.manual_seed(1)
-    wanted = torch.rand(3)
-    torch.manual_seed(1)
-    first = digits.draw(counts, 5, in_colour)
-    assert torch.equal(torch.rand(3), wanted)  # with a stream of their own
-    try:
-        torch.set_num_threads(1)
-        again = digits.draw(counts, 5, in_colour)
-    finally:
-        torch.set_num_threads(threads)
-    other = digits.draw(counts, 6, in_colour)
-    for part in [0, 1]:  # images, labels
-        assert np.array_equal(first[part], again[part])
-        assert not np.array_equal(first[part], other[part])
-    assert first[0].shape == (1100, 3072 if in_colour else 784)
-    assert first[0].dtype == np.uint8
-
-
-def test_drawn_digits_differ_and_are_mostly_black(digits_dir):
-    images = data.drawn_digits(str(digits_dir), "test", colour=False)
-    assert len(images.pixels.unique(dim=0)) == len(images)
-    assert 0.10 < images.pixels.float().mean() / 255 < 0.17  # MNIST: 0.13
-    border = images.pixels.reshape(-1, 28, 28).clone()
+    tested = {row.tobytes() for row in test_split.pixels.numpy()}
+    assert len(tested) == len(test_split)
+    assert tested.isdisjoint(row.tobytes() for row in train_split.pixels.numpy())
+    assert 0.10 < test_split.pixels.float().mean() / 255 < 0.17  # MNIST: 0.13
+    border = test_split.pixels.reshape(-1, 28, 28).clone()
     border[:, 2:-2, 2:-2] = 0
     assert (border > 0).float().mean() < 0.02
-
-
-def test_splits_of_drawn_digits_share_no_image(digits_dir):
-    train_split = data.drawn_digits(str(digits_dir), "train", colour=False)
-    test_split = data.drawn_digits(str(digits_dir), "test", colour=False)
-    trained_on = {row.tobytes() for row in train_split.pixels.numpy()}
-    assert trained_on.isdisjoint(row.tobytes() for row in test_split.pixels.numpy())
-
-
-def test_drawn_digits_can_be_told_apart(digits_dir):
-    train_split = data.drawn_digits(str(digits_dir), "train", colour=False)
-    test_split = data.drawn_digits(str(digits_dir), "test", colour=False)
     means = []
     for digit in range(10):
         means.append(train_split.pixels[train_split.labels == digit].float().mean(0))
@@ -1190,16 +758,396 @@ def test_drawn_digits_can_be_told_apart(digits_dir):
     assert (nearest == test_split.labels).float().mean() > 0.5
 
 
-def test_damaged_stored_digits_are_drawn_again(tmp_path, digits_dir):
-    wanted = data.drawn_digits(str(digits_dir), "test", colour=False)
+@pytest.mark.parametrize("in_colour", [False, True])
+def test_drawn_digits_are_the_same_each_time(in_colour):
+    counts = [110] * 10
+    before = torch.get_rng_state()
+    first = digits.draw(counts, 5, in_colour)
+    again = digits.draw(counts, 5, in_colour)
+    other = digits.draw(counts, 6, in_colour)
+    assert torch.equal(torch.get_rng_state(), before)  # with a stream of their own
+    for part in [0, 1]:  # images, labels
+        assert np.array_equal(first[part], again[part])
+        assert not np.array_equal(first[part], other[part])
+    assert first[0].shape == (1100, 3072 if in_colour else 784)
+    assert first[0].dtype == np.uint8
+
+
+def test_damaged_stored_digits_are_drawn_again(tmp_path, digits_dir, monkeypatch):
+    """And whole ones are not."""
     name = f"drawn-grey-test-v{digits.VERSION}.npz"
     (tmp_path / name).write_bytes((digits_dir / name).read_bytes()[:1000])
     (tmp_path / f".{name}.123.tmp").write_bytes(b"left by a process that was killed")
     images = data.drawn_digits(str(tmp_path), "test", colour=False)
-    assert torch.equal(images.pixels, wanted.pixels) and torch.equal(images.labels, wanted.labels)
     assert tree(tmp_path) == {name: (digits_dir / name).read_bytes()}
-
-
-def test_stored_digits_are_not_drawn_again(digits_dir, monkeypatch):
     monkeypatch.setattr(digits, "draw", lambda *_: pytest.fail("drawn again"))
-    assert len(data.drawn_digits(str(digits_dir), "test", colour=False)) == 10_000
+    stored = data.drawn_digits(str(digits_dir), "test", colour=False)
+    assert torch.equal(images.pixels, stored.pixels) and torch.equal(images.labels, stored.labels)
+
+
+# ---------------------------------------------------------------------------------------------
+# A user's own images
+
+OWN_NAMES = {
+    "vae": "model=vae_z=10_data=mine_run=0000",
+    "gmvae": "model=gmvae_z=10_k=500_data=mine_run=0000",
+    "ssvae": "model=ssvae_gw=001_cw=100_labels=50_data=mine_run=0000",
+    "fsvae": "model=fsvae_data=mine_run=0000",
+}
+
+
+def grey(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.RandomState(seed).randint(0, 256, (n, 28, 28)).astype(np.uint8)
+
+
+def colour(n: int) -> np.ndarray:
+    return np.random.RandomState(0).randint(0, 256, (n, 32, 32, 3)).astype(np.uint8)
+
+
+def packed(**arrays) -> bytes:
+    """A .npz file of these arrays, without those that are None."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: array for name, array in arrays.items() if array is not None})
+    return buffer.getvalue()
+
+
+X = grey(60)
+Y = np.arange(60) % 10  # of the first 54, of which the last tenth is not, each digit has five
+
+
+def right(model: str, **changes) -> bytes:
+    """A file that is right for a model but for these arrays."""
+    return packed(**{"x": colour(60) if model == "fsvae" else X, "y": Y, **changes})
+
+
+@pytest.fixture
+def own(main, tmp_path):
+    """Run a script on mine.npz, of this content if given: own("vae", content=packed(x=x))."""
+
+    def run(model: str, *flags, content: bytes | None = None, **kwargs):
+        if content is not None:
+            (tmp_path / "mine.npz").write_bytes(content)
+        options.read_once.cache_clear()  # as in a process of its own
+        if model == "ssvae" and "--labels" not in flags:
+            flags += ("--labels", 50)
+        return main(model, "--data", tmp_path / "mine.npz", *flags, **kwargs)
+
+    return run
+
+
+@pytest.fixture
+def read(tmp_path):
+    """A split as a script reads it from a file of these arrays: read("train", x=x, y=y)."""
+
+    def images(split: str, in_colour=False, labelled=False, **arrays) -> data.Images:
+        (tmp_path / "mine.npz").write_bytes(packed(**arrays))
+        options.read_once.cache_clear()
+        return data.own(str(tmp_path / "mine.npz"), split, in_colour, labelled)
+
+    return images
+
+
+def lines(result) -> list[str]:
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip().splitlines()
+
+
+def refusal(result) -> str:
+    """The one line that a refused command says."""
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def results(folder: Path, model: str) -> dict:
+    return json.loads((folder / "logs" / OWN_NAMES[model] / "results.json").read_text())
+
+
+def loaded(folder: Path) -> VAE:
+    model = VAE()
+    model.load_state_dict(weights(folder, OWN_NAMES["vae"], 2))
+    return model
+
+
+def binarised(x: np.ndarray) -> torch.Tensor:
+    return data.binarize_once(torch.from_numpy(x).flatten(1))
+
+
+@pytest.mark.parametrize("model", OWN_NAMES)
+def test_own_images_train_and_resume(model, own, tmp_path):
+    """Fifty-four of them, fewer than a batch; the last tenth is held out, and the line says so."""
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
+    name = OWN_NAMES[model]
+    whole.mkdir()
+    parts.mkdir()
+    trained = lines(own(model, "--iter_max", 5, content=right(model), cwd=whole))
+    assert sum("last tenth, 6 images, is held out" in line for line in trained) == 1
+    assert [path.name for path in (whole / "checkpoints").iterdir()] == [name]
+    for stop in [2, 5]:
+        lines(own(model, "--iter_max", stop, cwd=parts))
+    assert same(weights(whole, name, 5), weights(parts, name, 5))
+    assert table(whole, name) == table(parts, name)
+    evaluated = lines(own(model, "--iter_max", 5, "--train", 0, cwd=whole))
+    assert trained[-1] in evaluated and "DRAWN" not in "".join(trained + evaluated)
+    assert "test images: 6" in "\n".join(evaluated) and "course" not in "\n".join(evaluated)
+    found = results(whole, model)
+    digest = hashlib.sha256((tmp_path / "mine.npz").read_bytes()).hexdigest()
+    assert found["data"] == f"mine.npz, a file of SHA-256 {digest}" and found["test_images"] == 6
+
+
+def test_test_images_of_a_file_are_evaluated(own, tmp_path):
+    """Seven of them, all of one digit."""
+    mine = packed(x=X, y=Y, x_test=grey(7, seed=1), y_test=np.full(7, 3))
+    printed = lines(own("vae", "--iter_max", 2, content=mine))
+    assert not any("held out" in line for line in printed)
+    wanted = evaluate.bounds(loaded(tmp_path), binarised(grey(7, seed=1)), ms=[])
+    assert printed[-1] == "NELBO: {nelbo}. KL: {kl}. Rec: {rec}".format(**wanted)
+    lines(own("ssvae", "--iter_max", 2))
+    found = results(tmp_path, "ssvae")
+    assert [sum(row) for row in found["confusion"]] == [0, 0, 0, 7, 0, 0, 0, 0, 0, 0]
+    accuracy = found["confusion"][3][3] / 7
+    assert found["figures"]["accuracy"] == accuracy
+    assert found["per_digit_accuracy"] == [0, 0, 0, accuracy, 0, 0, 0, 0, 0, 0]
+
+
+def test_metrics_of_all_images_are_kept_apart(own, tmp_path):
+    """And in a summary of their own."""
+    x_test = grey(110, seed=1)
+    flags = ["--iter_max", 2, "--runs", 2]
+    lines(own("vae", *flags, content=packed(x=X, x_test=x_test)))
+    subset = results(tmp_path, "vae")
+    lines(own("vae", *flags, "--train", 0, "--test", "all", "--iw", 5))
+    both = results(tmp_path, "vae")
+    assert both["figures"] == subset["figures"] and "figures_all" not in subset
+    wanted = evaluate.bounds(loaded(tmp_path), binarised(x_test), [5])
+    assert both["figures_all"].items() >= wanted.items()
+    of_hundred = evaluate.bounds(loaded(tmp_path), binarised(x_test)[:100], [])
+    assert subset["figures"]["nelbo"] == pytest.approx(of_hundred["nelbo"], rel=1e-3)
+    summaries = sorted(path.name for path in (tmp_path / "logs").glob("*.json"))
+    series = "model=vae_z=10_data=mine"
+    assert summaries == [f"{series}_summary.json", f"{series}_test=all_summary.json"]
+
+
+@pytest.mark.parametrize("model, y", [("vae", Y * 100), ("gmvae", None)])
+def test_a_vae_takes_any_labels_or_none(model, y, own, tmp_path):
+    """And one test image is enough."""
+    y_given = None if y is None else y[:12]
+    said = lines(own(model, "--iter_max", 2, content=packed(x=grey(12), y=y_given), plots=True))
+    warned = sum("is not labels 0 to 9 and is not used" in line for line in said)
+    assert warned == (0 if y is None else 1)
+    assert (tmp_path / "logs" / OWN_NAMES[model] / "latent.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("y", [Y + 1, Y / 10, np.array([object()] * 60), Y[:59]], ids=range(4))
+def test_labels_that_nothing_needs_are_unused(y, read, capsys):
+    for split in ("train", "test"):
+        assert set(read(split, x=X, y=y).labels.tolist()) == {-1}
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == 1 and warned[0].startswith("warning: y of ")
+    assert warned[0].endswith("mine.npz is not labels 0 to 9 and is not used")
+
+
+def test_arrays_of_many_kinds_are_the_same_images(read, tmp_path):
+    wanted = torch.from_numpy(X.reshape(60, 784)[:54])
+    given = [X, X.reshape(60, 784), X.astype(np.int64), X.astype(">u2"), np.asfortranarray(X)]
+    given += [(X / 255).astype(kind) for kind in (np.float16, np.float32, np.float64, ">f4")]
+    given += [X[..., None], X[:, None] / 255]
+    for x in given:
+        images = read("train", x=x, y=Y.astype(np.uint8)[:, None])
+        assert torch.equal(images.pixels, wanted), (x.dtype, x.shape)
+        assert images.pixels.dtype == torch.uint8
+        assert images.labels.tolist() == Y[:54].tolist() and images.labels.dtype == torch.int64
+    options.read_once.cache_clear()
+    np.savez_compressed(tmp_path / "mine.npz", x=X)
+    assert torch.equal(data.own(str(tmp_path / "mine.npz"), "train", False, False).pixels, wanted)
+    switches = read("train", x=X > 127)
+    assert torch.equal(switches.pixels, (wanted > 127) * torch.tensor(255, dtype=torch.uint8))
+    assert set(switches.labels.tolist()) == {-1}
+
+
+def test_names_of_keras_are_read(read):
+    for test in ({}, {"x_test": grey(7, seed=1), "y_test": np.arange(7)}):
+        for split in ("train", "test"):
+            wanted = read(split, x=X, y=Y, **test)
+            found = read(split, x_train=X, y_train=Y, **test)
+            assert torch.equal(found.pixels, wanted.pixels)
+            assert torch.equal(found.labels, wanted.labels)
+
+
+def test_the_held_out_tenth_is_not_trained_on(read):
+    train = read("train", x=X[:47], y=Y[:47])
+    test = read("test", x=X[:47], y=Y[:47])
+    both = torch.cat([train.pixels, test.pixels])
+    assert torch.equal(both, torch.from_numpy(X[:47]).flatten(1)) and len(test) == 4
+    assert torch.cat([train.labels, test.labels]).tolist() == Y[:47].tolist()
+
+
+def test_a_red_image_is_red_and_upright(read):
+    """Channel after channel, as the model and the pictures have them."""
+    x = np.zeros((20, 32, 32, 3), np.uint8)
+    x[3, 5, 7, 0] = 200  # row 5, column 7, red
+    x[4, 5, 7, 2] = 100  # blue
+    for given in (x, x / 255, x.transpose(0, 3, 1, 2)):
+        images = read("train", in_colour=True, labelled=True, x=given, y=Y[:20])
+        assert images.pixels.shape == (18, 3072)
+        assert images.pixels.nonzero().tolist() == [[3, 5 * 32 + 7], [4, 2 * 1024 + 5 * 32 + 7]]
+        assert images.pixels[images.pixels > 0].tolist() == [200, 100]
+
+
+def test_a_changed_file_is_not_resumed(own, main, tmp_path):
+    """In one process too. It is evaluated, and its metrics are not mixed with the other's."""
+    lines(own("vae", "--iter_max", 2, content=right("vae")))
+    lines(own("vae", "--iter_max", 2, "--train", 0, "--iw", 1))
+    first = results(tmp_path, "vae")
+    (tmp_path / "mine.npz").write_bytes(right("vae", x=grey(60, seed=3)))
+    before = tree(tmp_path)
+    for again in (main("vae", "--data", tmp_path / "mine.npz", "--iter_max", 4), own("vae")):
+        line = refusal(again)
+        assert "argument --data" in line and "SHA-256" in line and tree(tmp_path) == before
+    lines(own("vae", "--iter_max", 2, "--train", 0, "--iw", 2))
+    second = results(tmp_path, "vae")
+    assert "niwae_1" in first["figures"] and "niwae_1" not in second["figures"]
+    assert first["data"] != second["data"]
+    lines(own("vae", "--iter_max", 4, "--overwrite", 1))
+
+
+def test_the_same_file_elsewhere_is_resumed(own, main, tmp_path):
+    lines(own("vae", "--iter_max", 2, content=right("vae")))
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "mine.npz").rename(tmp_path / "elsewhere" / "mine.npz")
+    assert "resuming from step 2" in "\n".join(lines(main("vae", "--data", moved, "--iter_max", 3)))
+
+
+def test_metrics_of_other_weights_are_not_kept(own, tmp_path):
+    lines(own("vae", "--iter_max", 2, "--seed", 1, content=right("vae")))
+    lines(own("vae", "--iter_max", 2, "--train", 0, "--iw", 10))
+    assert "niwae_10" in results(tmp_path, "vae")["figures"]
+    shutil.rmtree(tmp_path / "checkpoints")
+    lines(own("vae", "--iter_max", 2, "--seed", 2))
+    assert "niwae_10" not in results(tmp_path, "vae")["figures"]
+
+
+@pytest.mark.parametrize("stem", ["fashion-mnist_v1.2", "Straße", "mnist", "x" * 100])
+def test_the_stem_is_part_of_the_name(stem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store(Path(f"{stem}.npz"))
+    assert run_vae.parse(["--data", f"{stem}.npz"]).name == f"model=vae_z=10_data={stem}_run=0000"
+
+
+def test_a_path_that_names_no_file(main, tmp_path):
+    too_long = tmp_path / f"{'数' * 34}.npz"
+    store(too_long)
+    assert "takes up to 100 bytes of letters" in refusal(main("vae", "--data", too_long))
+    (tmp_path / "folder.npz").mkdir()
+    assert "there is no file" in refusal(main("vae", "--data", tmp_path / "folder.npz"))
+    store(tmp_path / "mine.npz")
+    before = tree(tmp_path)
+    for end in ("/", "/."):
+        assert "--data" in refusal(main("vae", "--data", f"{tmp_path}/mine.npz{end}"))
+    assert tree(tmp_path) == before
+    with pytest.raises(UsageError, match=r"gone\.npz cannot be read \(No such file"):
+        data.own(str(tmp_path / "gone.npz"), "train", False, False)
+
+
+def test_dark_test_images_beside_bright_ones_warn(own):
+    dark = np.eye(28, dtype=np.uint8)[None]  # bytes of 0 and 1: nearly black where x goes to 255
+    said = lines(own("vae", "--iter_max", 2, content=packed(x=X, x_test=dark)))
+    warnings = [line for line in said if "store them as floats" in line]
+    assert len(warnings) == 1 and warnings[0].startswith("warning: ")
+    line = refusal(own("vae", content=packed(x=X / 255, x_test=dark)))  # for floats it is an error
+    assert "x_test with more than black: 0 and 1 are levels of 255" in line
+
+
+def as_npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def flipped(content: bytes) -> bytes:
+    """One bit of a pixel is another one."""
+    at = len(content) // 3
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def with_text(name: str, content: bytes) -> bytes:
+    """A file with one more member, which is no array."""
+    buffer = io.BytesIO(content)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr(name, b"hello")
+    return buffer.getvalue()
+
+
+F = X / 255
+OBJECTS = np.array([object()] * 60)
+NEEDED = "the labels, which this model needs"
+WRONG = {  # script, content, words of the line
+    "no images": ("vae", packed(pixels=X, y=Y),
+        "no images x or x_train; it holds pixels (60, 28, 28), y (60,)"),
+    "no images but objects": ("vae", packed(pixels=OBJECTS), "it holds pixels (objects)"),
+    "no arrays": ("vae", packed(), "no images x or x_train; it holds nothing"),
+    "images twice": ("vae", packed(x=X, x_train=X),
+        "has both x and x_train: keep the one that is meant"),
+    "one image": ("vae", packed(x=X[:1]), "one image"),
+    "32 pixels": ("vae", packed(x=np.zeros((60, 32, 32))),
+        "of shape (n, 28, 28) or (n, 784), not ("),
+    "a number": ("vae", packed(x=np.array(3)), "of shape"),
+    "no image": ("vae", packed(x=X[:0]), "of shape"),
+    "grey for an FSVAE": ("fsvae", packed(x=X, y=Y), "of shape (n, 32, 32, 3), not ("),
+    "Keras's images": ("vae", packed(x_train=np.zeros((60, 9))), "should have x_train of shape"),
+    "test images": ("vae", right("vae", x_test=np.zeros((5, 32, 32))), "should have x_test of"),
+    "words": ("vae", packed(x=np.full((60, 784), "a")), "whole numbers or floats"),
+    "pickled images": ("vae", packed(x=OBJECTS), "holds pickled objects, which are not read"),
+    "pickled labels": ("ssvae", right("ssvae", y=OBJECTS), "holds pickled objects"),
+    "floats to 255": ("vae", packed(x=X.astype(np.float32)),
+        "from 0 to 1, not from 0 to 255; divide them by 255"),
+    "floats from -1": ("vae", packed(x=2 * F - 1),
+        "if they are scaled to -1 to 1, add 1 and divide by 2"),
+    "whole numbers to 256": ("vae", packed(x=X.astype(int) + 1),
+        "from 0 to 255, not from 1 to 256"),
+    "whole numbers to one": ("vae", packed(x=(X > 127).astype(np.uint8)), "store them as floats"),
+    "NaN": ("vae", packed(x=np.where(F > 0.99, np.nan, F)), "nan"),
+    "no labels": ("ssvae", right("ssvae", y=None), NEEDED),
+    "no test labels": ("fsvae", right("fsvae", x_test=colour(5)), f"y_test, {NEEDED}"),
+    "labels alone": ("vae", right("vae", y_test=Y[:5]), "has y_test and no images x_test"),
+    "label 10": ("ssvae", right("ssvae", y=Y + 1), "labels 0 to 9, not"),
+    "float labels": ("ssvae", right("ssvae", y=Y + 0.0), "whole numbers"),
+    "too few labels": ("ssvae", right("ssvae", y=Y[:59]), "of shape (60,)"),
+    "a .npy renamed": ("vae", as_npy(X), "no .npz file"),
+    "text": ("vae", b"no file of numpy's at all\n" * 100, "no .npz file"),
+    "a bit flipped": ("vae", flipped(packed(x=X)), "cannot be read"),
+    "no array": ("ssvae", with_text("y", packed(x=X)), "should have y of shape"),
+}  # fmt: skip
+
+
+def assert_refused(own, tmp_path, model: str, words: str, content: bytes) -> None:
+    """In one line, before anything is stored: no more is left than the lock of the run."""
+    line = refusal(own(model, "--iter_max", 2, content=content))
+    assert line.startswith(f"run_{model}.py: error: argument --data: ")
+    assert "mine.npz" in line and words in line
+    assert [name for name in tree(tmp_path) if not name.endswith(".lock")] == ["mine.npz"]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_file_is_refused(wrong, own, tmp_path):
+    model, content, words = WRONG[wrong]
+    assert_refused(own, tmp_path, model, words, content)
+
+
+def test_a_truncated_file_is_refused_anywhere(own, tmp_path):
+    content = right("vae")
+    size = len(content)
+    for end in [0, 1, 4, 100, size // 2, size - 22, size - 1]:
+        assert_refused(own, tmp_path, "vae", "truncated", content[:end])
+
+
+def test_floats_just_above_one_are_no_bytes(own):
+    """As interpolation leaves them: divided by 255 they would be black."""
+    line = refusal(own("vae", "--iter_max", 2, content=packed(x=F * 1.02)))
+    assert "from 0 to 1, not from 0 to 1.02" in line and "255" not in line
+
+
+def test_more_labels_than_there_are(own):
+    line = refusal(own("ssvae", "--labels", 60, content=right("ssvae")))
+    assert "argument --labels: takes 6 images of each digit, and of 4 there are 5" in line

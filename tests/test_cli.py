@@ -190,9 +190,7 @@ def test_a_series_is_summarised_without_failed_runs(few, script, tmp_path):
     assert figure["standard_error"] == pytest.approx(abs(first - second) / 2)
 
 
-@pytest.mark.parametrize(
-    "model, names", [("vae", ["nelbo", "kl", "rec"]), ("ssvae", ["accuracy"])]
-)
+@pytest.mark.parametrize("model, names", [("vae", ["nelbo", "kl", "rec"]), ("ssvae", ["accuracy"])])
 def test_metrics_of_a_checkpoint_are_of_its_weights(model, names, finished, script, tmp_path):
     finished(model)
     rows = table(tmp_path, NAMES[model], "test.csv")

@@ -197,17 +197,6 @@ def test_a_run_that_fails_at_any_file(order, small, renames, tmp_path):
         assert not differences(content(tmp_path / folder), wanted), folder
 
 
-def test_a_summary_that_cannot_be_stored(small, renames, tmp_path):
-    """The same command makes it then."""
-    names = renames()
-    lines(small("whole", "--runs", 2))
-    renames(len(names), DISK_FULL)
-    assert "No space left" in only_error(small("failed", "--runs", 2), 1)
-    renames()
-    lines(small("failed", "--runs", 2))
-    assert not differences(content(tmp_path / "failed"), content(tmp_path / "whole"))
-
-
 def test_the_state_is_written_last_of_every_save(small, renames):
     names = renames()
     lines(small("run"))
@@ -218,33 +207,6 @@ def test_the_state_is_written_last_of_every_save(small, renames):
         wanted = {"metrics.csv", "test.csv", f"samples-{step:07d}.png", f"model-{step:05d}.pt"}
         assert wanted <= set(save.split())
     assert not {"metrics.csv", "test.csv", "model-00006.pt"} & set(saves[2].split())
-
-
-@pytest.mark.parametrize("stop", [3, 6])
-def test_killed_between_checkpoint_and_state_a_run_resumes(stop, small, renames, tmp_path):
-    names = renames()
-    lines(small("whole", "--iter_max", 9))
-    at = names.index("state.pt", names.index(f"model-{stop:05d}.pt"))
-    renames(at + 1, Killed())
-    assert small("killed", "--iter_max", stop).returncode == 1
-    assert (tmp_path / "killed/checkpoints" / NAMES["fsvae"] / f"model-{stop:05d}.pt").exists()
-    renames()
-    lines(small("killed", "--iter_max", 9))
-    assert not differences(content(tmp_path / "killed"), content(tmp_path / "whole"))
-
-
-def test_a_table_that_is_gone_is_completed(small, tmp_path):
-    """From the state; one that is behind too."""
-    name = NAMES["fsvae"]
-    lines(small("whole", "--iter_max", 9))
-    lines(small("parts"))
-    metrics = tmp_path / "parts/logs" / name / "metrics.csv"
-    metrics.write_text(metrics.read_text().splitlines()[0] + "\n")
-    lines(small("parts", "--iter_max", 8))
-    metrics.unlink()
-    lines(small("parts", "--iter_max", 9))
-    assert [row["step"] for row in table(tmp_path / "parts", name)] == ["4", "8", "9"]
-    assert table(tmp_path / "parts", name) == table(tmp_path / "whole", name)
 
 
 @pytest.fixture
@@ -553,16 +515,6 @@ def test_a_signal_while_a_script_loads(python_flags, module, number, tmp_path):
     what = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
     assert only_error(result, 128 + number) == f"run_vae.py: {what}"
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("seconds", [0.04, 0.07, 0.1, 0.2, 0.5])
-@pytest.mark.long
-def test_an_interrupt_of_the_first_second(seconds, tmp_path):
-    process = subprocess.Popen(command("vae"), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, "run_vae.py: interrupted\n")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -292,28 +292,6 @@ def test_two_processes_train_as_well_as_one(model, flags, part, folders, process
 
 
 @pytest.mark.long
-def test_a_series_on_three_processes(folders, processes, script):
-    one, many = folders
-    steps = ["--iter_max", 60, "--iter_save", 20, "--runs", 2]
-    alone = script("vae", *steps, cwd=one)
-    together = processes(3, "vae", *steps, cwd=many)
-    assert together.returncode == 0, together.stderr
-    for run in range(2):
-        assert_similar_training(one, many, NAMES["vae"].replace("0000", f"000{run}"))
-    assert alone.stdout.count("trained to step") == 2
-    assert together.stdout.count("trained to step") == 2
-    summaries = []
-    for folder in folders:
-        path = next(folder.glob("logs/*_summary.json"))
-        summaries.append(json.loads(path.read_text()))
-    assert summaries[0]["runs"] == summaries[1]["runs"] == [0, 1]
-    for wanted, found in zip(summaries[0]["each"], summaries[1]["each"], strict=True):
-        assert found.keys() == wanted.keys()
-        for name in ["nelbo", "rec"]:
-            assert found[name] == pytest.approx(wanted[name], rel=0.05)
-
-
-@pytest.mark.long
 def test_a_run_resumes_with_more_processes(folders, processes, script):
     """GMVAE with --run, which torchrun takes for its own option unless -- comes before the script.
 

@@ -37,14 +37,10 @@ NAMES = {  # of the runs with default settings on the drawn digits
     "fsvae": "model=fsvae_data=digits_run=0000",
 }
 
-MNIST_TEST = MNIST / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
-CHECKPOINTS = REFERENCE / "checkpoints"
-COMPILER = shutil.which("g++")
-
 skip_if = pytest.mark.skipif
-needs_mnist = skip_if(not MNIST_TEST.exists(), reason="no MNIST in MNIST_DIR")
-needs_reference = skip_if(not CHECKPOINTS.exists(), reason="no checkpoints in REFERENCE_DIR")
-needs_compiler = skip_if(not COMPILER, reason="no C++ compiler on this machine")
+needs_mnist = skip_if(not (MNIST / "MNIST/raw").exists(), reason="no MNIST in MNIST_DIR")
+needs_reference = skip_if(not (REFERENCE / "checkpoints").exists(), reason="no REFERENCE_DIR")
+needs_compiler = skip_if(not shutil.which("g++"), reason="no C++ compiler on this machine")
 needs_cuda = skip_if(not torch.cuda.is_available(), reason="no CUDA here, or no --gpu")
 
 
@@ -173,13 +169,6 @@ def script(main, digits_dir):
 
 def command(script: str, *flags) -> list[str]:
     return [sys.executable, str(ROOT / f"run_{script}.py"), *map(str, flags)]
-
-
-def start(model: str, folder: Path, digits_dir: Path, *flags, **kwargs) -> subprocess.Popen:
-    """A script in a process of its own that is left running, on drawn digits."""
-    words = command(model, "--data", "digits", "--data_dir", digits_dir, *flags)
-    pipe = subprocess.PIPE
-    return subprocess.Popen(words, cwd=folder, stdout=pipe, stderr=pipe, text=True, **kwargs)
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:

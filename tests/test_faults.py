@@ -36,7 +36,6 @@ from conftest import (
     results,
     same,
     signal_at,
-    start,
     state,
     table,
     tree,
@@ -58,6 +57,13 @@ FAULTY_START = Path(__file__).with_name("faulty_start.py")
 
 def state_file(folder: Path) -> Path:
     return folder / "checkpoints" / NAME / "state.pt"
+
+
+def start(model: str, folder: Path, digits_dir: Path, *flags) -> subprocess.Popen:
+    """A script in a process of its own that is left running, on drawn digits."""
+    words = command(model, "--data", "digits", "--data_dir", digits_dir, *flags)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, cwd=folder, stdout=pipe, stderr=pipe, text=True)
 
 
 def content(folder: Path) -> dict:
@@ -325,22 +331,6 @@ def test_a_plot_that_cannot_be_written_loses_no_step(few, script, monkeypatch, t
     assert [row["step"] for row in table(tmp_path, NAME, "test.csv")] == ["2", "4"]
 
 
-def test_a_table_held_at_the_end_loses_none(few, script, monkeypatch, tmp_path):
-    write = train.Metrics.write
-
-    def held(metrics, step):
-        if step == 3:
-            failing(errno.EACCES, "metrics.csv")()
-        write(metrics, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Metrics, "write", held)
-        assert "Permission denied: metrics.csv" in only_error(script("vae", "--iter_max", 3), 1)
-    assert "resuming from step 3" in lines(script("vae", "--iter_max", 3))
-    assert checkpoint_steps(tmp_path, "vae") == [3]
-    assert table(tmp_path, NAME)[-1]["step"] == "3"
-
-
 def test_a_table_held_between_saves_is_warned_of(few, script, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "WRITE_EVERY", 0)
     replace = os.replace
@@ -487,19 +477,6 @@ def test_a_late_signal_ends_a_series(moment, number, code, few, script, tmp_path
     assert state(tmp_path)["step"] == 3
     assert checkpoint_steps(tmp_path, "vae") == [3]
     assert line.count("stopped at step 3") == (moment != "evaluation")
-
-
-def test_the_first_of_two_signals_names_the_code(few, script, monkeypatch):
-    save = checkpoint.save_state
-
-    def terminated(name, stored):
-        if stored["step"]:
-            signal.raise_signal(signal.SIGTERM)
-        save(name, stored)
-
-    signal_at(monkeypatch, 1, signal.SIGINT)
-    monkeypatch.setattr(checkpoint, "save_state", terminated)
-    assert script("vae", "--iter_max", 9).returncode == 130
 
 
 MODULES = ["argparse", "dataclasses", "codebase.runtime.options", "codebase.runtime.launch"]
@@ -802,15 +779,11 @@ def test_metrics_stored_as_nan_are_replaced(few, script, tmp_path):
 
 def test_a_model_that_knows_nothing_is_warned_of(few, script, monkeypatch):
     """Its NELBO is above 784 log 2 = 543.4."""
-    metrics = {"nelbo": 543.5, "kl": 0.5, "rec": 543.0}
-    monkeypatch.setattr(evaluate, "bounds", lambda *_, **__: dict(metrics))
-    said = lines(script("vae", "--iter_max", 2))
-    (warning,) = [line for line in said if line.startswith("warning:")]
-    assert "543" in warning
-    assert "worse than guessing" in warning
-    assert said[-1].startswith("NELBO: 543.5")
-    metrics["nelbo"] = 543.3
-    assert "warning:" not in script("vae", "--iter_max", 2).stdout
+    for nelbo in (543.5, 543.3):
+        metrics = {"nelbo": nelbo, "kl": 0.5, "rec": 543.0}
+        monkeypatch.setattr(evaluate, "bounds", lambda *_, found=metrics, **__: dict(found))
+        printed = "\n".join(lines(script("vae", "--iter_max", 2)))
+        assert ("warning: a NELBO above 543 is worse than guessing" in printed) == (nelbo == 543.5)
 
 
 # ---------------------------------------------------------------------------------------------

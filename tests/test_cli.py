@@ -21,6 +21,7 @@ from conftest import (
     lines,
     needs_mnist,
     only_error,
+    random_images,
     results,
     same,
     skip_if,
@@ -32,7 +33,7 @@ from conftest import (
 from PIL import Image
 from scipy.io import savemat
 
-from codebase import checkpoint, data, digits, evaluate, train
+from codebase import checkpoint, data, evaluate, train
 from codebase.models.fsvae import FSVAE
 from codebase.models.vae import VAE
 from codebase.runtime import download, options
@@ -110,13 +111,13 @@ def test_a_model_trains_loads_and_leaves_its_files(model, finished, script, tmp_
 
 def test_a_process_does_what_its_main_does(script, digits_dir, tmp_path):
     """And draws its pictures, as a user sees them."""
-    flags = ["--data", "digits", "--data_dir", digits_dir, "--iter_max", 100]
+    flags = ["--data", "digits", "--data_dir", digits_dir, "--iter_max", 20]
     made = tmp_path / "process"
     made.mkdir()
     result = subprocess.run(command("vae", *flags), cwd=made, capture_output=True, text=True)
     assert re.fullmatch(BOUND, lines(result)[-1])
-    assert lines(result)[-1] == lines(script("vae", "--iter_max", 100))[-1]
-    assert same(weights(made, NAMES["vae"], 100), weights(tmp_path, NAMES["vae"], 100))
+    assert lines(result)[-1] == lines(script("vae", "--iter_max", 20))[-1]
+    assert same(weights(made, NAMES["vae"], 20), weights(tmp_path, NAMES["vae"], 20))
     assert table(made, NAMES["vae"]) == table(tmp_path, NAMES["vae"])
     assert pictures(made, NAMES["vae"]) == PICTURES["vae"]
     for name in PICTURES["vae"]:
@@ -504,19 +505,19 @@ def test_auto_takes_digits_where_mnist_is_not(main, no_network, only_digits, tmp
 
 
 # ---------------------------------------------------------------------------------------------
-# SVHN: files as they are published, but of drawn colour digits
+# SVHN: files as they are published, but of noise
 
 
-def store_svhn(folder: Path, split: str, each: int, seed: int) -> data.Images:
-    """Write <split>_32x32.mat and return what is in it.
+def store_svhn(folder: Path, split: str, count: int) -> data.Images:
+    """Write <split>_32x32.mat with images of noise, and return what is in it.
 
     There it is rows x columns x channels x images, and 10 stands for the digit 0.
     """
-    pixels, labels = digits.draw([each] * 10, seed, True)
-    images = pixels.reshape(-1, 3, 32, 32).transpose(2, 3, 1, 0)
-    stored = np.where(labels == 0, 10, labels)[:, None].astype("u1")
-    savemat(folder / f"{split}_32x32.mat", {"X": images, "y": stored})
-    return data.Images(torch.from_numpy(pixels), torch.from_numpy(labels))
+    images = random_images(count, 3072)
+    pixels = images.pixels.numpy().reshape(-1, 3, 32, 32).transpose(2, 3, 1, 0)
+    labels = np.where(images.labels == 0, 10, images.labels)[:, None].astype("u1")
+    savemat(folder / f"{split}_32x32.mat", {"X": pixels, "y": labels})
+    return images
 
 
 def test_an_fsvae_says_what_it_is_evaluated_on(main, no_network, tmp_path):
@@ -540,7 +541,7 @@ def test_an_fsvae_says_what_it_is_evaluated_on(main, no_network, tmp_path):
         assert found.items() >= about.items()
         assert found["data"] == "svhn, train split, files not verified"
 
-    train_images = store_svhn(place, "train", 30, seed=5)
+    train_images = store_svhn(place, "train", 300)
     first = run().splitlines()
     assert re.fullmatch(rf"{BOUND} \(on training images\)", first[-1])
     assert "training images: 300" in first
@@ -550,7 +551,7 @@ def test_an_fsvae_says_what_it_is_evaluated_on(main, no_network, tmp_path):
     summary = json.loads((tmp_path / "logs" / "model=fsvae_split=train_summary.json").read_text())
     assert summary["evaluated_on"] == "training images"
 
-    test_images = store_svhn(place, "test", 15, seed=6)
+    test_images = store_svhn(place, "test", 150)
     assert re.fullmatch(BOUND, run().splitlines()[-1])
     assert_evaluated_on("test split", test_images)
     assert run("--iter_max", 22).splitlines()[-1].startswith("NELBO")

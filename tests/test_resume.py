@@ -205,7 +205,7 @@ def test_watching_changes_no_bit_of_training(model, few, script, tmp_path, monke
 
 
 def test_an_interrupted_run_may_end_there(few, script, tmp_path, monkeypatch):
-    """At exactly that step: its checkpoint, table and pictures are made, and --train 0 finds them."""
+    """At exactly that step: checkpoint, table and pictures are made, and --train 0 finds them."""
     stopped, whole = folders(tmp_path, "stopped", "whole")
     begin = 0
     for step, number in ((3, signal.SIGINT), (10, signal.SIGTERM), (12, signal.SIGINT)):

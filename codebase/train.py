@@ -196,7 +196,7 @@ def why_plain(run: Run, process_count: int, before: bool | None) -> str:
     if run.iter_max < COMPILE_FROM:
         return f"compiling pays from {COMPILE_FROM:,} on; --compile 1 does it now"
     if not find_compiler():
-        return "no C++ compiler found"
+        return f"no C++ compiler for {run.device} found"
     return ""
 
 

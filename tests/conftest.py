@@ -1,7 +1,9 @@
 """What tests share: scripts as a user calls them, what they stored, digits, MNIST if present."""
 
 import csv
+import functools
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -9,13 +11,18 @@ import subprocess
 import sys
 import time
 import urllib.request
+from hashlib import sha256
 from pathlib import Path
 
 # Before torch is loaded: two threads that share a busy machine wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
+# And tests compare bits of the CPU. The workers of xdist inherit what the first process has.
+if "PYTEST_XDIST_WORKER" not in os.environ and "--gpu" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,15 +37,11 @@ NAMES = {  # of the runs with default settings on the drawn digits
     "fsvae": "model=fsvae_data=digits_run=0000",
 }
 
-MNIST_TEST = MNIST / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
-CHECKPOINTS = REFERENCE / "checkpoints"
-COMPILER = shutil.which("g++")
-
 skip_if = pytest.mark.skipif
-needs_mnist = skip_if(not MNIST_TEST.exists(), reason="no MNIST in MNIST_DIR")
-needs_reference = skip_if(not CHECKPOINTS.exists(), reason="no checkpoints in REFERENCE_DIR")
-needs_compiler = skip_if(not COMPILER, reason="no C++ compiler on this machine")
-needs_cuda = skip_if(not torch.cuda.is_available(), reason="no CUDA on this machine")
+needs_mnist = skip_if(not (MNIST / "MNIST/raw").exists(), reason="no MNIST in MNIST_DIR")
+needs_reference = skip_if(not (REFERENCE / "checkpoints").exists(), reason="no REFERENCE_DIR")
+needs_compiler = skip_if(not shutil.which("g++"), reason="no C++ compiler on this machine")
+needs_cuda = skip_if(not torch.cuda.is_available(), reason="no CUDA here, or no --gpu")
 
 
 # A shell's `nohup ... &` leaves these ignored, and so they would be in every process started here.
@@ -51,6 +54,7 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.
 def pytest_addoption(parser):
     text = "the long variants too: more kills, more models"
     parser.addoption("--long", action="store_true", help=text)
+    parser.addoption("--gpu", action="store_true", help="show the GPUs to the tests")
 
 
 def pytest_configure(config):
@@ -64,22 +68,8 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="a long variant: --long runs it"))
 
 
-@pytest.fixture(scope="session")
-def long(request) -> bool:
-    """Whether the long variants were asked for."""
-    return request.config.getoption("--long")
-
-
-def command(script: str, *flags) -> list[str]:
-    return [sys.executable, str(ROOT / f"run_{script}.py"), *map(str, flags)]
-
-
-def of_all_workers(tmp_path_factory) -> Path:
-    """A folder of this test run that its workers share."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        return base.parent
-    return base
+# ---------------------------------------------------------------------------------------------
+# Data
 
 
 @pytest.fixture(scope="session")
@@ -87,11 +77,58 @@ def digits_dir(tmp_path_factory) -> Path:
     """A data folder in which the drawn digits are stored once for all tests."""
     from codebase import data
 
-    folder = of_all_workers(tmp_path_factory) / "drawn"
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / "drawn"
     folder.mkdir(exist_ok=True)
     for split in ["train", "test"]:  # the colour ones are drawn by the first test that wants them
         data.drawn_digits(str(folder), split, False)
     return folder
+
+
+@functools.cache
+def random_images(count: int, width: int):
+    """So many images of noise, with the labels 0, 1, ..., 9, 0, 1, ..."""
+    from codebase import data
+
+    generator = torch.Generator().manual_seed(count)
+    pixels = torch.randint(0, 256, (count, width), dtype=torch.uint8, generator=generator)
+    return data.Images(pixels, torch.arange(count) % 10)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """1,500 images of noise in the place of any split of a data set; evaluated and drawn quickly.
+
+    A picture's bits are kept, without the time that its compression takes.
+    """
+    from codebase import data, evaluate
+
+    def load(run, split):
+        return random_images(1500, 3072 if run.real_data == "svhn" else 784)
+
+    def save_image(image, file, **_) -> None:
+        file.write(sha256(image.tobytes()).digest())
+
+    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(evaluate, "SAMPLES", 10)
+    monkeypatch.setattr(Image.Image, "save", save_image)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Send all downloads to a port on which nobody listens, those of started processes too."""
+    # It is made at the first download, with the proxies of that time.
+    monkeypatch.setattr(urllib.request, "_opener", None)
+    for variable in ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"]:
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    for variable in ["no_proxy", "NO_PROXY"]:
+        monkeypatch.delenv(variable, raising=False)
+
+
+# ---------------------------------------------------------------------------------------------
+# Scripts
 
 
 @pytest.fixture
@@ -130,40 +167,8 @@ def script(main, digits_dir):
     return run
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    """Send all downloads to a port on which nobody listens, those of started processes too."""
-    # It is made at the first download, with the proxies of that time.
-    monkeypatch.setattr(urllib.request, "_opener", None)
-    for variable in ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"]:
-        monkeypatch.setenv(variable, "http://127.0.0.1:9")
-    for variable in ["no_proxy", "NO_PROXY"]:
-        monkeypatch.delenv(variable, raising=False)
-
-
-@pytest.fixture
-def process(tmp_path, digits_dir):
-    """Run a script in a process of its own on drawn digits: process("vae", "--z", 4)."""
-
-    def run(name: str, *flags, env=None, cwd=tmp_path) -> subprocess.CompletedProcess:
-        words = command(name, "--data", "digits", "--data_dir", digits_dir, *flags)
-        return subprocess.run(
-            words,
-            cwd=cwd,
-            env={**os.environ, **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    return run
-
-
-def start(model: str, folder: Path, digits_dir: Path, *flags, **kwargs) -> subprocess.Popen:
-    """A script in a process of its own that is left running."""
-    words = command(model, "--data", "digits", "--data_dir", digits_dir, *flags)
-    pipe = subprocess.PIPE
-    return subprocess.Popen(words, cwd=folder, stdout=pipe, stderr=pipe, text=True, **kwargs)
+def command(script: str, *flags) -> list[str]:
+    return [sys.executable, str(ROOT / f"run_{script}.py"), *map(str, flags)]
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
@@ -172,27 +177,35 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-def torchrun(
-    count: int, model: str, folder: Path, digits_dir: Path, *flags, env=None
-) -> subprocess.CompletedProcess:
-    """A script on several processes of one thread each."""
-    script = command(model, "--data", "digits", "--data_dir", digits_dir, *flags)
-    return on_processes(count, folder, script[1:], env)
+def signal_at(monkeypatch, count: int, number: int) -> None:
+    """Send this process a signal within that step of training, counted from 1 from here on."""
+    step = torch.optim.Adam.step
+    calls = []
+
+    def signalled(*args, **kwargs):
+        calls.append(number)
+        if len(calls) == count:
+            signal.raise_signal(number)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", signalled)
 
 
-def on_processes(
-    count: int, folder: Path, program: list[str], env=None
-) -> subprocess.CompletedProcess:
-    """A Python program and its flags on several processes, which torchrun starts in a folder."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return subprocess.run(
-        [*launcher, f"--nproc_per_node={count}", "--", *program],
-        cwd=folder,
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def lines(result: subprocess.CompletedProcess) -> list[str]:
+    """What a command printed that went well."""
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip().splitlines()
+
+
+def only_error(result: subprocess.CompletedProcess, code: int = 2) -> str:
+    """The one line on stderr of a command that ended with that code."""
+    assert result.returncode == code, result
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+# ---------------------------------------------------------------------------------------------
+# What they stored
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -209,18 +222,27 @@ def weights(folder: Path, name: str, step: int) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / name / f"model-{step:05d}.pt", weights_only=True)
 
 
+def state(folder: Path, name: str = NAMES["vae"]) -> dict:
+    """What a run resumes from."""
+    return torch.load(folder / "checkpoints" / name / "state.pt", weights_only=True)
+
+
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Whether two dictionaries of tensors are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def table(folder: Path, name: str) -> list[dict[str, str]]:
-    """metrics.csv without the one column that no two runs share."""
-    with (folder / "logs" / name / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+def table(folder: Path, name: str, file: str = "metrics.csv") -> list[dict[str, str]]:
+    """The rows of metrics.csv, or of test.csv, without the one column that no two runs share."""
+    with (folder / "logs" / name / file).open() as opened:
+        rows = list(csv.DictReader(opened))
     for row in rows:
-        del row["seconds"]
+        row.pop("seconds", None)
     return rows
+
+
+def results(folder: Path, name: str = NAMES["vae"]) -> dict:
+    return json.loads((folder / "logs" / name / "results.json").read_text())
 
 
 def checkpoint_steps(folder: Path, model: str) -> list[int]:

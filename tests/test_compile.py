@@ -1,11 +1,10 @@
 """The compiled step does what the plain one does, and gives way where it cannot be had."""
 
 import signal
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import NAMES, needs_compiler, same, table, weights
+from conftest import NAMES, lines, needs_compiler, only_error, same, state, table, weights
 
 import run_vae
 from codebase import train
@@ -76,14 +75,14 @@ def compare(kind: str, tolerance: float = 1e-5) -> None:
 def traced(monkeypatch):
     """The graph is traced whole as for compiling, and run by torch's own kernels: no wait."""
 
-    def compile_graph(function, device):
+    def compile_graph(function):
         torch.compiler.reset()
         return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
 
     monkeypatch.setattr(train, "compile_graph", compile_graph)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["ssvae", "ssvae gw=0", "fsvae", "gmvae train_iw=3"])
 def test_the_traced_step_is_the_plain_one(kind, traced):
     compare(kind)
 
@@ -101,21 +100,22 @@ def test_the_compiled_step_is_the_plain_one(kind):
 
 
 @needs_compiler
-def test_compiled_training_keeps_its_bits_in_parts(script, tmp_path):
+def test_compiled_training_keeps_its_bits_in_parts(few, script, tmp_path):
     """And has the metrics of the plain one."""
+    made = {}
     for folder in ["whole", "parts", "plain"]:
-        (tmp_path / folder).mkdir()
-    whole = script("vae", "--compile", 1, "--iter_max", 150, cwd=tmp_path / "whole")
-    assert "steps: compiled" in whole.stdout, whole.stdout + whole.stderr
-    script("vae", "--compile", 1, "--iter_max", 70, cwd=tmp_path / "parts")
-    script("vae", "--iter_max", 150, cwd=tmp_path / "parts")  # auto resumes as it was begun
-    script("vae", "--compile", 0, "--iter_max", 150, cwd=tmp_path / "plain")
-    of_whole = weights(tmp_path / "whole", NAMES["vae"], 150)
-    of_parts = weights(tmp_path / "parts", NAMES["vae"], 150)
-    assert same(of_whole, of_parts)
-    rows = table(tmp_path / "whole", NAMES["vae"])
-    assert rows == table(tmp_path / "parts", NAMES["vae"])
-    for row, plain in zip(rows, table(tmp_path / "plain", NAMES["vae"]), strict=True):
+        made[folder] = tmp_path / folder
+        made[folder].mkdir()
+    printed = lines(script("vae", "--compile", 1, "--iter_max", 50, cwd=made["whole"]))
+    assert any(line.startswith("steps: compiled") for line in printed), printed
+    lines(script("vae", "--compile", 1, "--iter_max", 20, cwd=made["parts"]))
+    lines(script("vae", "--iter_max", 50, cwd=made["parts"]))  # auto resumes as it was begun
+    lines(script("vae", "--compile", 0, "--iter_max", 50, cwd=made["plain"]))
+    whole = weights(made["whole"], NAMES["vae"], 50)
+    assert same(whole, weights(made["parts"], NAMES["vae"], 50))
+    rows = table(made["whole"], NAMES["vae"])
+    assert rows == table(made["parts"], NAMES["vae"])
+    for row, plain in zip(rows, table(made["plain"], NAMES["vae"]), strict=True):
         assert float(row["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-4)
 
 
@@ -127,33 +127,31 @@ def test_compiled_training_keeps_its_bits_in_parts(script, tmp_path):
 def broken(monkeypatch):
     """Compiling fails, after numbers were drawn."""
 
-    def compile_graph(function, device):
+    def compile_graph(function):
         torch.rand(10)
         raise RuntimeError("no compiler\nand a long story")
 
     monkeypatch.setattr(train, "compile_graph", compile_graph)
 
 
-def state(folder: Path) -> dict:
-    return torch.load(folder / "checkpoints" / NAMES["vae"] / "state.pt")
-
-
-def test_where_compiling_fails_the_plain_step_runs(script, tmp_path, broken):
+def test_where_compiling_fails_the_plain_step_runs(few, script, tmp_path, broken):
     """One line says why, and no bit differs."""
     (tmp_path / "plain").mkdir()
-    result = script("vae", "--iter_max", 5, "--compile", 1)
-    said = [line for line in result.stdout.splitlines() if line.startswith("steps:")]
-    assert result.returncode == 0
+    printed = lines(script("vae", "--iter_max", 5, "--compile", 1))
+    said = [line for line in printed if line.startswith("steps:")]
     assert said == ["steps: plain (compiling failed: RuntimeError: no compiler)"]
-    script("vae", "--iter_max", 5, "--compile", 0, cwd=tmp_path / "plain")
+    lines(script("vae", "--iter_max", 5, "--compile", 0, cwd=tmp_path / "plain"))
     tried = weights(tmp_path, NAMES["vae"], 5)
     assert same(tried, weights(tmp_path / "plain", NAMES["vae"], 5))
     assert state(tmp_path)["compiled"] is False
 
 
-def test_resuming_in_another_way_is_said(script, traced):
-    """The bits will differ from those of a run in one piece."""
+def test_resuming_in_another_way_is_said(few, script, traced):
+    """The bits will differ from those of a run in one piece. In the same way it is silent."""
     assert "bits" not in script("vae", "--iter_max", 4, "--compile", 1).stdout
+    same_way = script("vae", "--iter_max", 5, "--compile", 1).stdout
+    assert "steps: compiled" in same_way
+    assert "bits" not in same_way
     resumed = script("vae", "--iter_max", 6, "--compile", "auto").stdout
     assert "steps: compiled" in resumed
     assert "a run in one piece would be compiled otherwise" in resumed  # of six steps, not at all
@@ -162,22 +160,15 @@ def test_resuming_in_another_way_is_said(script, traced):
     assert "steps: plain (as the steps before)" in script("vae", "--iter_max", 9).stdout
 
 
-def test_resuming_in_the_same_way_is_silent(script, traced):
-    assert "bits" not in script("vae", "--iter_max", 4, "--compile", 1).stdout
-    resumed = script("vae", "--iter_max", 6, "--compile", 1).stdout
-    assert "steps: compiled" in resumed
-    assert "bits" not in resumed
-
-
-def test_auto_says_where_one_piece_would_be_compiled(script, traced, monkeypatch):
+def test_auto_says_where_one_piece_is_compiled(few, script, traced, monkeypatch):
     """The first part was too short for it, and its way is kept."""
     monkeypatch.setattr(train, "COMPILE_FROM", 6)
     monkeypatch.setattr(train.shutil, "which", lambda name: name)
-    assert "bits" not in script("vae", "--iter_max", 3, "--device", "cpu").stdout
-    assert "bits" not in script("vae", "--iter_max", 5, "--device", "cpu").stdout
+    for steps in (3, 5):
+        assert "bits" not in script("vae", "--iter_max", steps, "--device", "cpu").stdout
     said = script("vae", "--iter_max", 7, "--device", "cpu").stdout
     assert "steps: plain (as the steps before)" in said
-    (line,) = (line for line in said.splitlines() if "bits" in line)
+    (line,) = [line for line in said.splitlines() if "bits" in line]
     assert "in one piece would be compiled" in line
     whole = script("vae", "--iter_max", 7, "--device", "cpu", "--run", 1).stdout
     assert "steps: compiled" in whole
@@ -189,8 +180,8 @@ def test_auto_says_where_one_piece_would_be_compiled(script, traced, monkeypatch
     [
         ("auto", 20_000, "cpu", ["my-compiler"], True),
         ("auto", 20_000, "cpu", ["g++"], False),
-        ("auto", 20_000, "cuda", ["triton"], True),
-        ("auto", 20_000, "cuda", ["g++"], False),
+        ("auto", 1, "cuda", [], True),  # recorded, which takes no compiler and no time
+        ("0", 20_000, "cuda", [], False),
         ("auto", 20_000, "mps", ["g++"], False),
         ("auto", 19_999, "cpu", ["my-compiler"], False),
         ("1", 1, "cpu", [], True),
@@ -203,7 +194,6 @@ def test_tools_and_steps_decide(asked, steps, device, tools, compiled, monkeypat
 
     monkeypatch.setenv("CXX", "my-compiler")
     monkeypatch.setattr(train.shutil, "which", find)
-    monkeypatch.setattr(train, "find_spec", find)
     run = run_vae.parse(["--compile", asked, "--iter_max", str(steps), "--data", "digits"])
     why = train.why_plain(run.changed(device=device), process_count=1, before=None)
     assert (why == "") == compiled
@@ -218,26 +208,22 @@ def test_steps_of_several_processes_are_plain(asked):
     assert train.why_plain(run, process_count=2, before=True) == "2 processes"
 
 
-def test_a_signal_while_the_step_is_compiled(script, tmp_path, monkeypatch):
+def test_a_signal_while_the_step_is_compiled(few, script, tmp_path, monkeypatch):
     """It ends the run at once, and nothing is lost."""
-    script("vae", "--iter_max", 3)
+    lines(script("vae", "--iter_max", 3))
     path = tmp_path / "checkpoints" / NAMES["vae"] / "state.pt"
     before = path.read_bytes()
 
-    def interrupt(function, device):
+    def interrupt(function):
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(train, "compile_graph", interrupt)
-    result = script("vae", "--iter_max", 6, "--compile", 1)
-    assert result.returncode == 143
-    assert "Traceback" not in result.stderr
+    only_error(script("vae", "--iter_max", 6, "--compile", 1), 143)
     assert path.read_bytes() == before
 
 
-def test_nothing_is_compiled_where_no_step_is_left(script, tmp_path, traced):
-    script("vae", "--iter_max", 3, "--compile", 1)
+def test_nothing_is_compiled_where_no_step_is_left(few, script, tmp_path, traced):
+    lines(script("vae", "--iter_max", 3, "--compile", 1))
     (tmp_path / "checkpoints" / NAMES["vae"] / "model-00003.pt").unlink()
-    again = script("vae", "--iter_max", 3, "--compile", 1)
-    assert again.returncode == 0
-    assert "compil" not in again.stdout
+    assert "compil" not in "\n".join(lines(script("vae", "--iter_max", 3, "--compile", 1)))
     assert state(tmp_path)["compiled"] is True

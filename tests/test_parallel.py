@@ -3,12 +3,12 @@
 import contextlib
 import importlib
 import io
-import json
 import multiprocessing
 import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from conftest import (
     NAMES,
     ROOT,
     checkpoint_steps,
-    on_processes,
+    command,
+    lines,
+    only_error,
     same,
     table,
-    torchrun,
     tree,
     weights,
 )
@@ -34,10 +35,28 @@ from codebase.models.fsvae import FSVAE
 from codebase.models.gmvae import GMVAE
 from codebase.models.ssvae import SSVAE
 from codebase.models.vae import VAE
-from codebase.runtime.parallel import Processes, join, step_seed
+from codebase.runtime.parallel import Processes, join
 
 SHORT = ("--iter_max", 20, "--iter_save", 10)
 FAULTY = Path(__file__).with_name("faulty_vae.py")
+
+
+def torchrun(count: int, folder: Path, program: list[str]) -> subprocess.CompletedProcess:
+    """A Python program and its flags on several processes of one thread each."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = [*launcher, f"--nproc_per_node={count}", "--", *program]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def processes(digits_dir, tmp_path):
+    """processes(2, "vae", "--z", 4): a script on so many processes, on drawn digits."""
+
+    def run(count: int, model: str, *flags, cwd=tmp_path) -> subprocess.CompletedProcess:
+        words = command(model, "--data", "digits", "--data_dir", digits_dir, *flags)
+        return torchrun(count, cwd, words[1:])
+
+    return run
 
 
 # ---------------------------------------------------------------------------------------------
@@ -189,21 +208,6 @@ def test_gradient_of_unequal_shares_is_that_of_one(kind, three):
         assert same(new_weights, answers[0][2])  # they stay one model
 
 
-def test_every_process_and_step_has_its_noise():
-    seeds = set()
-    for seed in [0, 1, 2021]:
-        for rank in range(8):
-            for step in range(1000):
-                seeds.add(step_seed(seed, step, rank))
-    assert len(seeds) == 3 * 8 * 1000
-    with torch.random.fork_rng([]):
-        drawn = []
-        for rank in range(2):
-            Processes("cpu", rank, 2).seed_step(0, 5)
-            drawn.append(torch.rand(10))
-    assert not (drawn[0] == drawn[1]).any()
-
-
 # ---------------------------------------------------------------------------------------------
 # Evaluation
 
@@ -270,21 +274,15 @@ def folders(tmp_path) -> list[Path]:
     return made
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "model, flags, part",
-    [
-        pytest.param("vae", [], "", marks=pytest.mark.long),
-        pytest.param("ssvae", [], "", marks=pytest.mark.long),
-        pytest.param("ssvae", ["--labels", 200], "_labels=200", marks=pytest.mark.long),
-        pytest.param("gmvae", ["--train_iw", 5], "_train_iw=5", marks=pytest.mark.long),
-        pytest.param("fsvae", [], "", marks=pytest.mark.long),
-    ],
+    "model, flags, part", [("ssvae", [], ""), ("gmvae", ["--train_iw", 5], "_train_iw=5")]
 )
-def test_two_processes_train_as_well_as_one(model, flags, part, folders, digits_dir, script):
+def test_two_processes_train_as_well_as_one(model, flags, part, folders, processes, script):
     one, many = folders
     steps = ["--iter_max", 60, "--iter_save", 20]
     alone = script(model, *steps, *flags, cwd=one)
-    together = torchrun(2, model, many, digits_dir, *steps, *flags)
+    together = processes(2, model, *steps, *flags, cwd=many)
     assert together.returncode == 0, together.stderr
     assert_similar_training(one, many, NAMES[model].replace("_data", f"{part}_data"))
     assert last_number(together) == pytest.approx(last_number(alone), rel=0.2)
@@ -293,29 +291,7 @@ def test_two_processes_train_as_well_as_one(model, flags, part, folders, digits_
 
 
 @pytest.mark.long
-def test_a_series_on_three_processes(folders, digits_dir, script):
-    one, many = folders
-    steps = ["--iter_max", 60, "--iter_save", 20, "--runs", 2]
-    alone = script("vae", *steps, cwd=one)
-    together = torchrun(3, "vae", many, digits_dir, *steps)
-    assert together.returncode == 0, together.stderr
-    for run in range(2):
-        assert_similar_training(one, many, NAMES["vae"].replace("0000", f"000{run}"))
-    assert alone.stdout.count("trained to step") == 2
-    assert together.stdout.count("trained to step") == 2
-    summaries = []
-    for folder in folders:
-        path = next(folder.glob("logs/*_summary.json"))
-        summaries.append(json.loads(path.read_text()))
-    assert summaries[0]["runs"] == summaries[1]["runs"] == [0, 1]
-    for wanted, found in zip(summaries[0]["each"], summaries[1]["each"], strict=True):
-        assert found.keys() == wanted.keys()
-        for name in ["nelbo", "rec"]:
-            assert found[name] == pytest.approx(wanted[name], rel=0.05)
-
-
-@pytest.mark.long
-def test_a_run_resumes_with_more_processes(folders, digits_dir, script):
+def test_a_run_resumes_with_more_processes(folders, processes, script):
     """GMVAE with --run, which torchrun takes for its own option unless -- comes before the script.
 
     The evaluation of a hundred images is the same on one process and on three.
@@ -325,7 +301,7 @@ def test_a_run_resumes_with_more_processes(folders, digits_dir, script):
     longer = ["--iter_max", 60, "--iter_save", 10, "--run", 3]
     assert script("gmvae", *longer, cwd=one).returncode == 0
     assert script("gmvae", "--iter_max", 10, "--run", 3, cwd=many).returncode == 0
-    together = torchrun(2, "gmvae", many, digits_dir, *longer)
+    together = processes(2, "gmvae", *longer, cwd=many)
     assert together.returncode == 0, together.stderr
     assert "resuming from step 10" in together.stdout
     assert "the steps before were of 1 processes: the bits will differ" in together.stdout
@@ -333,44 +309,9 @@ def test_a_run_resumes_with_more_processes(folders, digits_dir, script):
 
     flags = [*longer, "--train", 0, "--iw", 10, 100, 300]
     alone = script("gmvae", *flags, cwd=many)
-    together = torchrun(3, "gmvae", many, digits_dir, *flags)
+    together = processes(3, "gmvae", *flags, cwd=many)
     assert together.stdout.splitlines()[-4:] == alone.stdout.splitlines()[-4:]
     assert "IWAE-300" in alone.stdout
-
-
-@pytest.mark.long
-def test_bounds_of_all_test_images_are_shared(folders, images, digits_dir, script):
-    """Of a model that was trained on the IWAE bound of one's own images."""
-    one, many = folders
-    name = "model=vae_z=10_train_iw=15_data=mine_run=0000"
-    flags = ["--iter_max", 60, "--iter_save", 30, "--train_iw", 15, "--test", "all"]
-    flags += ["--data", images]
-    alone = script("vae", *flags, cwd=one)
-    together = torchrun(2, "vae", many, digits_dir, *flags)
-    assert together.returncode == 0, together.stderr
-    assert_similar_training(one, many, name)
-    # The NELBO is not what was trained on, and varies by a tenth with the random numbers.
-    assert last_number(together) == pytest.approx(last_number(alone), rel=0.3)
-    tables = []
-    for folder in folders:
-        tables.append((folder / "logs" / name / "test.csv").read_text().split())
-    assert len(tables[0]) == len(tables[1]) == 3  # one process writes them
-    for row, wanted in zip(tables[1][1:], tables[0][1:], strict=True):
-        step, nelbo = row.split(",")[:2]
-        assert step == wanted.split(",")[0]
-        assert float(nelbo) == pytest.approx(float(wanted.split(",")[1]), rel=0.3)
-
-    # The same weights give the same bounds.
-    shutil.copytree(many / "checkpoints", one / "checkpoints", dirs_exist_ok=True)
-    flags += ["--train", 0, "--iw", 1, 10, 130]
-    alone = script("vae", *flags, cwd=one)
-    together = torchrun(2, "vae", many, digits_dir, *flags)
-    assert together.stdout.splitlines()[-4:] == alone.stdout.splitlines()[-4:]
-    metrics = []
-    for folder in folders:
-        results = (folder / "logs" / name / "results.json").read_text()
-        metrics.append(json.loads(results)["figures_all"])
-    assert metrics[0] == metrics[1]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -397,11 +338,12 @@ def faulty(tmp_path, digits_dir):
 
     def run(fault: str, *flags) -> subprocess.CompletedProcess:
         words = [FAULTY, fault, "--data", "digits", "--data_dir", digits_dir, *flags]
-        return on_processes(2, tmp_path, [str(word) for word in words])
+        return torchrun(2, tmp_path, [str(word) for word in words])
 
     return run
 
 
+@pytest.mark.long
 def test_a_failed_run_ends_all_processes(faulty, tmp_path):
     """And its series. The process that comes first says why."""
     broken = tmp_path / "checkpoints" / NAMES["vae"] / "state.pt"
@@ -441,45 +383,77 @@ def test_processes_without_a_shared_folder_stop_together(faulty, tmp_path, scrip
     assert tree(other) == before  # the first process alone writes
 
 
+REFUSED = {
+    "--z 0": "argument --z",
+    "--device mps": "argument --device",
+    "--iter_max 5 --batch_size 1": "takes at least one image per process",
+}
+
+
 @pytest.mark.long
-def test_a_stop_that_saved_nothing_says_so(faulty):
-    line = only_complaint(faulty("disk full at 12", *SHORT), FAULTY.name)
-    assert "No space left on device" in line
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
-def test_a_missing_device_is_refused(tmp_path, digits_dir):
-    line = only_complaint(torchrun(2, "vae", tmp_path, digits_dir, "--device", "cuda"))
-    assert "--device" in line
+@pytest.mark.parametrize("flags", REFUSED)
+def test_processes_are_refused_with_one_line(flags, processes, tmp_path):
+    assert REFUSED[flags] in only_complaint(processes(2, "vae", *flags.split()))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bad_command_line_is_refused(tmp_path, digits_dir):
-    line = only_complaint(torchrun(2, "vae", tmp_path, digits_dir, "--z", 0))
-    assert "--z" in line
-    assert not list(tmp_path.iterdir())
+@pytest.fixture
+def one_of_two(monkeypatch):
+    """one_of_two(0): this process is told what torchrun tells the first of two processes."""
+
+    def tell(rank: int) -> None:
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        for name, value in {**told, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+            monkeypatch.setenv(name, str(value))
+
+    return tell
 
 
-@pytest.mark.parametrize("flags", [["--k", 5], ["--iter_max", "x"]])
-def test_the_first_process_speaks_of_bad_commands(flags, script, monkeypatch):
-    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
-        monkeypatch.setenv(name, value)
-    said = []
-    for rank in ["0", "1"]:
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        result = script("vae", *flags)
-        assert result.returncode == 2
-        said.append(result.stderr.splitlines())
-    assert len(said[0]) == 1
-    assert flags[0] in said[0][0]
-    assert not said[1]
+def test_the_first_process_speaks_of_bad_commands(one_of_two, script):
+    one_of_two(0)
+    assert "--iter_max" in only_error(script("vae", "--iter_max", "x"))
+    one_of_two(1)
+    silent = script("vae", "--iter_max", "x")
+    assert (silent.returncode, silent.stderr) == (2, "")
 
 
-def test_a_batch_smaller_than_the_processes_is_refused(tmp_path, digits_dir):
-    flags = ["--iter_max", 5, "--batch_size", 1]
-    line = only_complaint(torchrun(2, "vae", tmp_path, digits_dir, *flags))
-    assert "takes at least one image per process" in line
+def test_a_rank_alone_mutes_no_error(script, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert "--z" in only_error(script("vae", "--z", "x"))
+    assert "--data" in only_error(script("vae", "--data", "nothing"))
+
+
+def test_world_size_alone_is_told_in_one_line(script, monkeypatch, tmp_path):
+    """Some cluster images set it for every job."""
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = only_error(script("vae", "--iter_max", 2))
+    for word in ("WORLD_SIZE", "MASTER_ADDR", "torchrun"):
+        assert word in line
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert "WORLD_SIZE" in only_error(script("vae", "--iter_max", 2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_that_cannot_compute_are_refused(one_of_two, script, monkeypatch, tmp_path):
+    one_of_two(0)
+    with monkeypatch.context() as patch:  # fewer GPUs than processes
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        for flags in ([], ["--device", "cuda"]):
+            line = only_error(script("vae", "--iter_max", 2, *flags))
+            for words in ("--device", "2 processes", "1 are here"):
+                assert words in line
+    with monkeypatch.context() as patch:  # on Apple silicon
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.backends.mps, "is_available", lambda: True)
+        line = only_error(script("vae", "--iter_max", 2))
+        assert "mps" in line
+        assert "--device cpu" in line
+    monkeypatch.setenv("RANK", "0x")
+    assert "RANK is '0x'" in only_error(script("vae", "--iter_max", 2))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_process_that_dies_ends_all(faulty, tmp_path, script):
@@ -487,22 +461,20 @@ def test_a_process_that_dies_ends_all(faulty, tmp_path, script):
     line = only_complaint(faulty("killed at 16", *SHORT), FAULTY.name)
     assert "another process of this run died" in line
     assert checkpoint_steps(tmp_path, "vae") == [10]
-    result = script("vae", *SHORT)
-    assert result.returncode == 0, result.stderr
-    assert "resuming from step 10" in result.stdout
+    assert "resuming from step 10" in lines(script("vae", *SHORT))
     assert [row["step"] for row in table(tmp_path, NAMES["vae"])] == ["20"]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("fault", ["killed in evaluation", "killed in evaluation, the other busy"])
-def test_a_process_that_dies_in_evaluation_ends_all(fault, faulty, tmp_path):
-    """Whether the other one waits for it, or is busy when torchrun ends it."""
-    result = faulty(fault, *SHORT)
+def test_a_process_that_dies_in_evaluation_ends_all(faulty, tmp_path):
+    """The other one is busy when torchrun ends it."""
+    result = faulty("killed in evaluation", *SHORT)
     assert "trained to step 20" in result.stdout
     assert checkpoint_steps(tmp_path, "vae") == [10, 20]
     only_complaint(result, FAULTY.name)
 
 
+@pytest.mark.long
 def test_an_error_of_one_process_is_told(faulty):
     line = only_complaint(faulty("out of memory at 5", *SHORT), FAULTY.name)
     assert "the second card is full" in line

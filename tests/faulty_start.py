@@ -1,0 +1,31 @@
+"""A start of run_vae.py in which something happens when a module is looked for.
+
+python faulty_start.py MODULE SIGNAL [flags] sends SIGNAL then; SIGNAL 0 prints GOMP_SPINCOUNT as
+that module would find it, and ends.
+"""
+
+import os
+import runpy
+import signal
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+module = sys.argv[1]
+number = int(sys.argv[2])
+
+
+class Finder:
+    @staticmethod
+    def find_spec(name, *_):
+        if name == module and number:
+            signal.raise_signal(number)
+        if name == module and not number:
+            print("count", os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+
+
+sys.modules.pop(module, None)
+sys.meta_path.insert(0, Finder)
+sys.path.insert(0, ROOT)
+sys.argv = [os.path.join(ROOT, "run_vae.py"), *sys.argv[3:]]
+runpy.run_path(sys.argv[0], run_name="__main__")

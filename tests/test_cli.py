@@ -331,6 +331,7 @@ def test_overwrite_deletes_what_the_run_wrote_alone(finished, script, tmp_path):
 STEMS = [
     ("vae", "--lr 0.01", "vae_z=10_lr=0.01"),
     ("vae", "--beta 4 --z 5", "vae_z=05_beta=4"),
+    ("vae", "--schedule cosine --lr 0.01", "vae_z=10_lr=0.01_schedule=cosine"),
     ("vae", "--beta 1E+02", "vae_z=10_beta=100"),
     ("gmvae", "--train_iw 50 --lr 0.0005", "gmvae_z=10_k=500_train_iw=50_lr=0.0005"),
     ("ssvae", "--labels 600 --lr 0.01", "ssvae_gw=001_cw=100_labels=600_lr=0.01"),
@@ -716,6 +717,8 @@ SHARED_FLAGS = {
     "train": "1",
     "run": "0",
     "runs": "1",
+    "jobs": "1",
+    "schedule": "constant",
     "overwrite": "0",
     "seed": None,
     "batch_size": "100",
@@ -816,7 +819,7 @@ BAD += [("vae", ["--data", value], "--data") for value in NO_DATA]
 BAD += [("vae", ["--device", value], "--device") for value in ("", "tpu", "CPU", "cuda:99")]
 BAD += [("vae", ["--iw", *values], "--iw") for values in ([], ["10", "x"], ["100001"])]
 ONE_EACH = {  # a wrong value of every other flag
-    "vae": "--train 2, --run -1, --runs 0, --overwrite 2, --seed -1, --batch_size 0, --lr 11, "
+    "vae": "--train 2, --run -1, --runs 0, --jobs 0, --schedule linear, --overwrite 2, --seed -1, --batch_size 0, --lr 11, "
     "--iter_save 0, --compile 2, --check_data 2, --z 10001, --train_iw 1001, --test All",
     "gmvae": "--k 0, --z 0, --beta -1, --train_iw 0, --iw 0, --test train",
     "ssvae": "--gw 1000000, --cw -1, --labels 60000, --labels 105",

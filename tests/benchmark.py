@@ -154,14 +154,18 @@ def textbook_steps(kind, images, labelled):
             yield
 
 
-def our_steps(kind, images, labelled, batch_size=100, compiled=False, **options):
-    """The loop of train.train, without its files; next() does a step."""
-    model = MODELS[kind](**options)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    processes = Processes("cpu")
-    run = importlib.import_module(f"run_{kind}").parse([]).changed(device="cpu")
+def our_steps(kind, images, labelled, batch_size=100, compiled=False, device="cpu", **options):
+    """The loop of train.train, without its files; next() does a step.
+
+    compiled: whether the step is compiled, or on CUDA recorded.
+    """
+    run = importlib.import_module(f"run_{kind}").parse([]).changed(device=device)
+    images, labelled = on_device(images, device), on_device(labelled, device)
+    model = MODELS[kind](**options).to(device)
+    optimizer = train.make_optimizer(model, run)
+    processes = Processes(device)
     metrics = train.Metrics(run)
-    one_hot = labelled.one_hot(torch.arange(100))
+    one_hot = labelled.one_hot(torch.arange(100, device=device))
 
     def batch(index):
         if kind == "fsvae":
@@ -171,13 +175,19 @@ def our_steps(kind, images, labelled, batch_size=100, compiled=False, **options)
         return (images.binary(index),)
 
     step = train.plain_step(model, optimizer, batch, processes)
-    if compiled:
-        example = torch.zeros(batch_size, dtype=torch.int64)
+    example = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    if compiled and device == "cuda":
+        step = train.recorded_step(model, optimizer, step, example)
+    elif compiled:
         step = train.compiled_step(model, optimizer, batch, example)
-    for number, index in enumerate(train.order(len(images), batch_size, 0, 0, "cpu")):
+    for number, index in enumerate(train.order(len(images), batch_size, 0, 0, device)):
         processes.seed_step(0, number)
         metrics.add(step(index))
         yield
+
+
+def on_device(images, device):
+    return data.Images(images.pixels.to(device), images.labels.to(device))
 
 
 def product_steps(kind):
@@ -219,11 +229,18 @@ def alternate(variants, count, blocks):
                 continue
             for _ in zip(range(3), steps, strict=False):  # a warm-up
                 pass
+            wait_for_gpu()
             began = time.perf_counter()
             for _ in zip(range(count), steps, strict=False):
                 pass
+            wait_for_gpu()
             times[name].append(1000 * (time.perf_counter() - began) / count)
     return times
+
+
+def wait_for_gpu():
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def ratio(times, above, below):
@@ -275,6 +292,21 @@ def evaluation(kind, whose, folder, ms):
             for _ in range(max(100 // m, 1)):
                 model.iwae(x, m).item()
     print(json.dumps({"seconds": time.perf_counter() - began, "megabytes": peak() - before}))
+
+
+def compare_on_cuda(folder):
+    """Print milliseconds per step on a GPU, plain and recorded."""
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    print("| ms per step | plain | recorded |\n|---|---|---|")
+    for kind in MODELS:
+        images = training_images(kind, folder)
+        variants = {
+            "plain": our_steps(kind, *images, device="cuda"),
+            "recorded": our_steps(kind, *images, device="cuda", compiled=True),
+        }
+        times = alternate(variants, 200, 7)
+        cells = [f"{median(times[name]):.2f}" for name in variants]
+        print(f"| {kind.upper()} | {' | '.join(cells)} |", flush=True)
 
 
 def serve(kind, folder, count):
@@ -471,6 +503,8 @@ def main():
         action="store_true",
         help="only print what a busy process beside it does to a step",
     )
+    text = "only print the time of a step on a GPU"
+    parser.add_argument("--cuda", action="store_true", help=text)
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     text = "only print how time and memory grow with this"
     parser.add_argument("--growth", choices=GROWTH, help=text)
@@ -490,6 +524,8 @@ def measure(args, folder):
     if args.serve:
         kind, count = args.serve
         return serve(kind, folder, int(count))
+    if args.cuda:
+        return compare_on_cuda(folder)
     if args.busy:
         return compare_busy(folder, 5 if args.quick else 9)
     if args.profile:

@@ -146,28 +146,29 @@ def recorded_step(
     example: positions of images, to record with. Source: PyTorch's notes on CUDA graphs.
     """
     # A recording begins with a few real steps, which are undone after it. It reads and writes the
-    # same memory at each launch, so weights and averages are put back into theirs.
+    # same memory at each launch, so weights and Adam's state are put back into theirs.
     weights = deepcopy(model.state_dict())
-    averages = deepcopy(optimizer.state_dict()["state"])
+    adam_state = deepcopy(optimizer.state_dict()["state"])
     index = example.clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            plain(index)
-    torch.cuda.current_stream().wait_stream(stream)
-    optimizer.zero_grad()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        terms = plain(index)
-
-    model.load_state_dict(weights)
-    for number, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            if number in averages:
-                value.copy_(averages[number][name])
-            else:
-                value.zero_()
+    stream = torch.cuda.Stream()
+    try:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                plain(index)
+        torch.cuda.current_stream().wait_stream(stream)
+        optimizer.zero_grad()
+        with torch.cuda.graph(graph):
+            terms = plain(index)
+    finally:
+        model.load_state_dict(weights)
+        for parameter, state in optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                if parameter in adam_state:
+                    value.copy_(adam_state[parameter][name])
+                else:
+                    value.zero_()
 
     def step(next_index: Tensor) -> dict[str, Tensor]:
         index.copy_(next_index)
@@ -216,38 +217,55 @@ def choose_step(
 ) -> tuple[Step, bool]:
     """The training step of a run, and whether it is compiled; says which, and why."""
     before = None
-    if state:
+    if state and state.get("device", run.device) == run.device:
         before = state["compiled"]
     why = why_plain(run, processes.size, before)
     step = plain_step(model, optimizer, batch, processes)
     example = torch.zeros(run.batch_size, dtype=torch.int64, device=run.device)
     compiled = False
     failed = False
-    if not why and run.device == "cuda":
-        step = recorded_step(model, optimizer, step, example)
-        print("steps: recorded as a CUDA graph, with the bits of plain ones")
-    elif not why:
-        depends = "about 20 s on idle cores, several times that on busy ones, 3 s if it is stored"
-        print(f"compiling the step: {depends}", flush=True)
-        began = time.monotonic()
+    if not why:
         try:
-            step = compiled_step(model, optimizer, batch, example)
-            compiled = True
-            print(f"steps: compiled, in {time.monotonic() - began:.1f} s")
+            if run.device == "cuda":
+                step = recorded_step(model, optimizer, step, example)
+                print("steps: recorded as a CUDA graph, with the bits of plain ones")
+            else:
+                depends = "20 s on idle cores, several times that on busy ones, 3 s if it is stored"
+                print(f"compiling the step: about {depends}", flush=True)
+                began = time.monotonic()
+                step = compiled_step(model, optimizer, batch, example)
+                compiled = True
+                print(f"steps: compiled, in {time.monotonic() - began:.1f} s")
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
-            why = f"compiling failed: {type(error).__name__}: {lines[0]}"
-            failed = True  # as compiling would in a run in one piece
+            what = "recording" if run.device == "cuda" else "compiling"
+            why = f"{what} failed: {type(error).__name__}: {lines[0]}"
+            failed = True  # as it would in a run in one piece
             model.zero_grad()
     if why:
         print(f"steps: plain ({why})")
     # Whether a run in one piece, with this --iter_max, would be compiled.
-    whole = run.device == "cpu" and not why_plain(run, processes.size, None)
-    if state and (compiled != before or compiled != whole) and not (failed and not before):
+    whole_is_compiled = run.device == "cpu" and not why_plain(run, processes.size, None)
+    differs = compiled != before or compiled != whole_is_compiled
+    if before is not None and differs and (before or not failed):
         print("a run in one piece would be compiled otherwise: its bits will differ from these")
-    if state and state["processes"] != processes.size:
-        print(f"the steps before were of {state['processes']} processes: the bits will differ")
+    if state:
+        say_what_differs(run, processes, state)
     return step, compiled
+
+
+def say_what_differs(run: Run, processes: Processes, state: dict[str, Any]) -> None:
+    """Say where the steps before were made in a way that gives other bits."""
+    differences = []
+    if state["processes"] != processes.size:
+        differences.append(f"of {state['processes']} processes")
+    threads = torch.get_num_threads()
+    if state.get("device", run.device) != run.device:  # older states do not know it
+        differences.append(f"on {state['device']}")
+    elif run.device == "cpu" and state.get("threads", threads) != threads:
+        differences.append(f"of {state['threads']} threads")
+    for difference in differences:
+        print(f"the steps before were {difference}: the bits will differ")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -522,6 +540,8 @@ def store(
         "settings": run.settings(),
         "compiled": compiled,
         "processes": process_count,
+        "device": run.device,
+        "threads": torch.get_num_threads(),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict()["state"],
         "metrics": metrics.to_store(),

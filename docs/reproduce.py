@@ -133,7 +133,7 @@ def command(series: Series, stage: str, args: argparse.Namespace) -> list[str]:
     script, *flags = series.words(begin)
     words = [sys.executable, str(ROOT / script), *flags, *STAGES[stage].flags.split()]
     words += ["--runs", str(len(series.seeds_of(stage)) - begin)]
-    words += ["--jobs", args.jobs]
+    words += ["--jobs", str(args.jobs)]
     words += ["--data", "svhn" if series.model == "fsvae" else "mnist"]
     if args.data_dir is not None:
         words += ["--data_dir", args.data_dir]
@@ -347,13 +347,6 @@ def take_pictures() -> None:
 # The command line
 
 
-def jobs(text: str) -> str:
-    """A check for auto, or for a number of runs at a time."""
-    if text != "auto":
-        options.whole(1, 1000)(text)
-    return text
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     summary = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser("reproduce.py", description=summary, allow_abbrev=False)
@@ -362,7 +355,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     text = f"tables, of {', '.join(TABLES)} (default: all)"
     add("--only", nargs="+", choices=TABLES, default=list(TABLES), metavar="NAME", help=text)
     add("--data_dir", metavar="DIR", help="folder of the data sets")
-    add("--jobs", type=jobs, default="auto", metavar="J", help="runs at a time (default: auto)")
+    add(
+        "--jobs",
+        type=options.whole(1, 1000, "auto"),
+        default="auto",
+        metavar="J",
+        help="runs at a time (default: auto)",
+    )
     devices = ["auto", "cpu", "cuda", "gpu", "mps"]
     add("--device", choices=devices, help="where to compute (default: as the scripts choose)")
     for flag, text in {

@@ -520,6 +520,8 @@ def measure(args, folder):
         name, *words = args.child
         return CHILDREN[name](*words)
     if args.growth:
+        for kind in MODELS:  # drawn here, so that no measured process has to
+            training_images(kind, folder)
         return GROWTH[args.growth](folder)
     if args.serve:
         kind, count = args.serve

@@ -28,7 +28,7 @@ PROGRESS = re.compile(r"(step|sample) (\d+) of (\d+)(.*), .*")  # see log.progre
 
 
 class Job(NamedTuple):
-    """A run in a process, and the end of the pipe that hears it."""
+    """A run in a process, and the end of the pipe from which its messages are read."""
 
     run: Run
     process: Any
@@ -36,12 +36,15 @@ class Job(NamedTuple):
 
 
 def how_many(run: Run, processes) -> int:
-    """How many runs of the series that begins with this one are done at a time."""
-    count = run.jobs
-    if count == "auto":
-        alone = processes.device != "cpu" or processes.size > 1
-        count = 1 if alone else core_count()
-    return min(count, run.runs)
+    """How many runs of a series are done at a time, at most; each has that share of the cores.
+
+    A number counts as it is, so that the rest of a stopped series has the threads of its begin.
+    """
+    if run.jobs != "auto":
+        return run.jobs
+    if processes.device != "cpu" or processes.size > 1:
+        return 1
+    return min(core_count(), run.runs)
 
 
 def core_count() -> int:
@@ -56,44 +59,45 @@ def core_count() -> int:
 
 
 def side_by_side(
-    runs: list[Run], count: int, do: Callable[[Run], Result]
+    runs: list[Run], count: int, do_run: Callable[[Run], Result]
 ) -> tuple[dict[int, Result], int]:
-    """Do so many runs at a time; return what do(run) returned, by the run's number, and a signal.
+    """Do so many runs at a time; return what do_run returned, by the run's number, and a signal.
 
-    do is a function that pickle takes, and is called in the process of the run. A signal (0: none
-    came) ends all runs that work; those that have not begun are left out of the results.
+    do_run is a function of a module, so that it can be sent to the process of the run. A signal
+    (0: none came) ends all runs that work; the results have none that had not begun.
     """
     screen = Screen()
     waiting = list(runs)
     working: dict[connection.Connection, Job] = {}
     results = {}
-    told = False
+    stop_sent = False
     with signals.collected() as caught, share_of_threads(count):
         try:
             while working or (waiting and not caught):
                 while waiting and len(working) < count and not caught:
-                    job = start(waiting.pop(0), do, screen.seconds)
+                    job = start(waiting.pop(0), do_run, screen.seconds)
                     working[job.pipe] = job
-                if caught and not told:
+                if caught and not stop_sent:
                     stop(working)
-                    told = True
+                    stop_sent = True
                 for pipe in connection.wait(list(working), timeout=0.2):
                     job = working[pipe]
-                    if not hear(job, screen, results):
-                        end(working.pop(pipe), screen, results, bool(caught))
+                    if not receive(job, screen, results):
+                        finish(working.pop(pipe), screen, results, bool(caught))
         finally:
             stop(working)
             for job in working.values():  # only where something broke here
                 job.pipe.close()
                 job.process.join()
             screen.close()
-    return results, caught[0] if caught else 0
+    number = caught[0] if caught else 0
+    return results, number
 
 
-def start(run: Run, do: Callable[[Run], Result], seconds: float) -> Job:
+def start(run: Run, do_run: Callable[[Run], Result], seconds: float) -> Job:
     """Start the process of a run, which shows its progress every so many seconds."""
     reader, writer = PROCESSES.Pipe(duplex=False)
-    process = PROCESSES.Process(target=work, args=(writer, seconds, do, run))
+    process = PROCESSES.Process(target=work, args=(writer, seconds, do_run, run))
     try:
         with deaf_to_interrupts():
             process.start()
@@ -104,8 +108,8 @@ def start(run: Run, do: Callable[[Run], Result], seconds: float) -> Job:
     return Job(run, process, reader)
 
 
-def hear(job: Job, screen: "Screen", results: dict[int, Result]) -> bool:
-    """Take the next thing that a run sent; return whether there was one."""
+def receive(job: Job, screen: "Screen", results: dict[int, Result]) -> bool:
+    """Read the next message of a run; return whether there was one."""
     try:
         kind, content = job.pipe.recv()
     except (EOFError, OSError):
@@ -117,8 +121,8 @@ def hear(job: Job, screen: "Screen", results: dict[int, Result]) -> bool:
     return True
 
 
-def end(job: Job, screen: "Screen", results: dict[int, Result], stopped: bool) -> None:
-    """Take leave of the process of a run; say so if nobody meant it to end."""
+def finish(job: Job, screen: "Screen", results: dict[int, Result], stopped: bool) -> None:
+    """Wait for the process of a run to exit; report it if it left no result."""
     job.process.join()
     job.pipe.close()
     number = job.run.run
@@ -127,7 +131,10 @@ def end(job: Job, screen: "Screen", results: dict[int, Result], stopped: bool) -
         results[number] = (1, {})
         if not stopped:
             line = f"error: its process died, exit code {job.process.exitcode}"
-            screen.show(number, "stderr", f"{line}; checkpoints are intact")
+            line += "; checkpoints are intact"
+            if job.process.exitcode == -9:  # as Linux ends processes where memory is short
+                line += "; if memory was short, use a smaller --jobs"
+            screen.show(number, "stderr", line)
 
 
 def stop(working: dict[Any, Job]) -> None:
@@ -156,14 +163,14 @@ def share_of_threads(count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def deaf_to_interrupts() -> Iterator[None]:
-    """A process that is started inside never hears a Ctrl-C, which a terminal sends to all.
+    """A process that is started inside never gets a Ctrl-C, which a terminal sends to all.
 
     One that comes meanwhile reaches this process afterwards.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # when Python 3.11 starts it, it undoes the following
+    resource_tracker.ensure_running()  # its start lets signals in again, so it comes first
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -218,14 +225,14 @@ class Screen:
 
 
 def work(
-    pipe: connection.Connection, seconds: float, do: Callable[[Run], Result], run: Run
+    pipe: connection.Connection, seconds: float, do_run: Callable[[Run], Result], run: Run
 ) -> None:
-    """Do a run; send its lines through the pipe, and last what do(run) returned."""
+    """Do a run; send its lines through the pipe, and last what do_run returned."""
     threading.Thread(target=end_with_parent, daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # its own is one for processes, and outlives a killed one
+    tqdm.set_lock(threading.RLock())  # its own is shared: a killed process would hold it for ever
     sys.stdout = Lines(pipe, "stdout", seconds)
     sys.stderr = Lines(pipe, "stderr", seconds)
-    sys.stdout.send("result", do(run))
+    sys.stdout.send("result", do_run(run))
 
 
 def end_with_parent() -> None:
@@ -265,8 +272,8 @@ class Lines(io.TextIOBase):
 # Words for a series that a signal stopped
 
 
-def stored_state(run: Run) -> tuple[int, int] | None:
-    """What tells the file of a run's state from the one that replaces it; None: there is none."""
+def state_stamp(run: Run) -> tuple[int, int] | None:
+    """Number and time of a run's state file, which change when it is replaced; None: no file."""
     try:
         file = state_path(run.name).stat()
     except OSError:
@@ -274,21 +281,24 @@ def stored_state(run: Run) -> tuple[int, int] | None:
     return file.st_ino, file.st_mtime_ns
 
 
-def how_to_resume(first: Run, untouched: list[int]) -> str:
-    """What to type to resume a series; untouched: runs that --overwrite 1 has yet to start over."""
+def how_to_resume(first: Run, not_begun: list[int], count: int) -> str:
+    """What to type to resume a series; not_begun: runs that --overwrite 1 has yet to start over.
+
+    count: how many runs at a time, which gives them their threads.
+    """
     if not first.overwrite:
         return "the same command resumes every run from its last state"
     ranges: list[list[int]] = []
-    for number in untouched:
+    for number in not_begun:
         if ranges and ranges[-1][-1] == number - 1:
             ranges[-1].append(number)
         else:
             ranges.append([number])
-    series = ["--overwrite", "--run", "--runs", "--seed"]
+    series = ["--overwrite", "--run", "--runs", "--seed", "--jobs"]
     commands = []
     for numbers in ranges:
         run = first.numbered(numbers[0])
-        flags = {"run": run.run, "runs": len(numbers), "seed": run.seed, "overwrite": 1}
-        commands.append(first.command(series, **flags))
-    commands.append(first.command(["--overwrite"]))
+        flags = {"run": run.run, "runs": len(numbers), "seed": run.seed, "jobs": count}
+        commands.append(first.command(series, **flags, overwrite=1))
+    commands.append(first.command(["--overwrite", "--jobs"], jobs=count))
     return f"to resume: {' && '.join(commands)}"

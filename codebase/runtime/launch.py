@@ -82,10 +82,10 @@ def do_runs(first: Run, one_run: Callable[..., dict[str, float]]) -> int:
     return code
 
 
-Done = list[tuple[Run, dict[str, float]]]  # runs and their metrics
+FinishedRuns = list[tuple[Run, dict[str, float]]]  # each with its metrics
 
 
-def one_after_another(first: Run, one_run: Callable, processes) -> tuple[int, Done]:
+def one_after_another(first: Run, one_run: Callable, processes) -> tuple[int, FinishedRuns]:
     """Do the runs in this process; return the exit code and what was done."""
     code = 0
     done = []
@@ -103,21 +103,23 @@ def one_after_another(first: Run, one_run: Callable, processes) -> tuple[int, Do
     return code, done
 
 
-def side_by_side(first: Run, one_run: Callable, processes, count: int) -> tuple[int, Done]:
+def side_by_side(first: Run, one_run: Callable, processes, count: int) -> tuple[int, FinishedRuns]:
     """Do so many runs at a time; return the exit code and what was done."""
     from codebase.runtime import jobs
 
-    # Data sets are downloaded here, so that no two runs do so at once.
-    if first.train:
-        first = with_data_and_device(first, processes)  # and so all have the same
     code = 0
     runs = []
+    if first.train:
+        first = with_data_and_device(first, processes)  # downloaded once, here
     for number in range(first.run, first.run + first.runs):
+        run = first.numbered(number)
         try:
-            runs.append(with_data_and_device(first.numbered(number), processes))
+            if not first.train:
+                run = with_data_and_device(run, processes)
+            runs.append(run)
         except files.UsageError as error:
-            code = max(code, explain(error, first, True))
-    states = [jobs.stored_state(run) for run in runs]
+            code = max(code, explain(error, run, True))
+    stamps = [jobs.state_stamp(run) for run in runs]
     results, stop = jobs.side_by_side(runs, count, functools.partial(one_job, one_run))
     done = []
     for run in runs:
@@ -129,9 +131,9 @@ def side_by_side(first: Run, one_run: Callable, processes, count: int) -> tuple[
     if stop:
         code = 128 + stop
     if code > 128:
-        pairs = zip(runs, states, strict=True)
-        untouched = [run.run for run, state in pairs if jobs.stored_state(run) == state]
-        say(f"stopped; {jobs.how_to_resume(first, untouched)}")
+        pairs = zip(runs, stamps, strict=True)
+        not_begun = [run.run for run, stamp in pairs if jobs.state_stamp(run) == stamp]
+        say(f"stopped; {jobs.how_to_resume(first, not_begun, count)}")
     return code, done
 
 
@@ -374,6 +376,8 @@ def how_to_need_less_memory(run: Run | None) -> str:
     if run is None:
         return "end other programs"
     sizes = [f"--{flag}" for flag in ["batch_size", "k", "z"] if hasattr(run, flag)]
+    if run.jobs != 1:
+        sizes.insert(0, "--jobs")
     if run.train:
         return f"use a smaller {' or '.join(sizes)}"
     smaller = ""

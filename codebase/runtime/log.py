@@ -219,9 +219,9 @@ def summarise(run: Run, metrics: dict[int, dict[str, float]]) -> None:
     if known.get("evaluated_on") == "training images":
         remark = " (on training images)"
     numbers = ", ".join(str(number) for number in metrics)
-    print(f"\n{len(metrics)} runs ({numbers}){remark}, mean and standard error, in {path}:")
+    say(f"\n{len(metrics)} runs ({numbers}){remark}, mean and standard error, in {path}:")
     for name, of_all in table.items():
         line = f"  {name:<12} {of_all['mean']:10.4f}"
         if of_all["standard_error"] is not None:
             line += f" +- {of_all['standard_error']:.4f}"
-        print(line)
+        say(line)

@@ -12,11 +12,7 @@ from untrained import binary, made, noise, one_hot
 
 import codebase.utils as ut
 from codebase import course, data, evaluate
-from codebase.runtime.files import UsageError
 from codebase.train import train
-
-NUMBER = r"-?\d+\.\d+(e-?\d+)?"
-NELBO = rf"NELBO: {NUMBER}\. KL: {NUMBER}\. Rec: {NUMBER}"
 
 
 @pytest.fixture
@@ -120,22 +116,15 @@ def test_a_loader_shuffles_images_with_labels(load, shape, noisy):
     assert sorted(order) == list(range(230)) != order
 
 
-def test_without_files_and_network_one_line(in_folder, no_network):
-    with pytest.raises(UsageError, match=r"^SVHN cannot be .* by hand: data/extra_32x32.mat"):
-        ut.get_svhn_data("cpu")
-    assert tree(in_folder) == {}
-
-
 def test_the_lower_bound_is_printed(capsys):
     subset = (binary(5), one_hot(5))
     vae = made("vae", z_dim=2)
     ut.evaluate_lower_bound(vae, subset, run_iwae=False)
-    alone = capsys.readouterr().out.splitlines()
+    alone = capsys.readouterr().out.strip()
     ut.evaluate_lower_bound(vae, subset)
     nelbo, *rest = capsys.readouterr().out.splitlines()
     found = evaluate.bounds(vae, subset[0])
-    assert re.fullmatch(NELBO, nelbo) and alone == [nelbo]
-    assert nelbo == f"NELBO: {found['nelbo']}. KL: {found['kl']}. Rec: {found['rec']}"
+    assert alone == nelbo == "NELBO: {nelbo}. KL: {kl}. Rec: {rec}".format(**found)
     assert rest == [f"Negative IWAE-{m}: {found[f'niwae_{m}']}" for m in (1, 10, 100, 1000)]
 
 
@@ -155,6 +144,6 @@ def test_a_notebook_evaluates_the_original_models(in_folder, capsys):
     (in_folder / "checkpoints").symlink_to(REFERENCE / "checkpoints")
     runpy.run_path(str(Path(__file__).with_name("notebook.py")))
     *_, nelbo, accuracy = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(NELBO, nelbo)
+    assert re.fullmatch(r"NELBO: [\d.]+\. KL: [\d.]+\. Rec: [\d.]+", nelbo)
     assert float(nelbo.split()[1].rstrip(".")) == pytest.approx(101.818, abs=0.25)
     assert accuracy == "Test set classification accuracy: 0.9489"

@@ -12,10 +12,7 @@ import sys
 import time
 
 FIGURES = {"nelbo": 101.0, "kl": 19.0, "rec": 82.0, "active": 10}
-BOUNDS = {}
-for m in (1, 10, 100, 1000):
-    BOUNDS[f"niwae_{m}"] = 98.0
-    BOUNDS[f"ess_{m}"] = 98.0
+BOUNDS = {f"niwae_{m}": 98.0 for m in (1, 10, 100, 1000)}
 
 
 def end(number, frame):
@@ -41,10 +38,7 @@ def main():
         mode = pathlib.Path("mode").read_text()
     if mode == "wait":
         signal.signal(signal.SIGTERM, end)
-        said = "it has a terminal"
-        if os.getsid(0) == os.getpid():
-            said = "out of reach of the terminal"
-        pathlib.Path("began").write_text(said)
+        pathlib.Path("began").write_text(str(os.getsid(0) == os.getpid()))
         time.sleep(60)
     parser = argparse.ArgumentParser()
     parser.add_argument("--run", type=int)

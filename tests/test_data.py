@@ -237,10 +237,6 @@ def test_a_damaged_file_is_named_with_cure(kind, harm, words, published, tmp_pat
     assert tree(tmp_path) == before
 
 
-# ---------------------------------------------------------------------------------------------
-# Which data set a run has
-
-
 def store(path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()

@@ -22,8 +22,6 @@ import torch
 from conftest import NAMES, ROOT
 from PIL import Image
 
-from codebase import checkpoint
-
 PATHS = ["README.md", "docs/usage.md", "docs/design.md", "docs/benchmark.md", "docs/writeup.md"]
 PAGES = {name: (ROOT / name).read_text() for name in PATHS}
 README = PAGES["README.md"]
@@ -298,9 +296,3 @@ def test_every_module_has_its_line():
     files = [*ROOT.glob("run_*.py"), *ROOT.glob("codebase/**/*.py")]
     modules = [str(path.relative_to(ROOT)) for path in files if path.name != "__init__.py"]
     assert sorted(listed) == sorted(modules)
-
-
-def test_the_keys_of_a_state_are_listed():
-    rows = re.findall(r"^\| (`.*?`) \|", section(DESIGN, "What is stored"), flags=re.M)
-    listed = re.findall(r"`(\w+)`", " ".join(rows))
-    assert sorted(listed) == sorted([*checkpoint.STATE_KEYS, "format"])

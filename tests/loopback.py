@@ -20,12 +20,8 @@ def half_then_silence(content: bytes, over: threading.Event):
     over.wait(60)
 
 
-def half_then_nothing(content: bytes, over: threading.Event):
-    yield content[: len(content) // 2]
-
-
 class Server(ThreadingHTTPServer):
-    """how(content, over) sends files[name] in pieces; where it is None, nothing is sent at all."""
+    """how(content, over) sends files[name] in pieces."""
 
     daemon_threads = True
 
@@ -42,8 +38,6 @@ class Answer(BaseHTTPRequestHandler):
     def do_GET(self):
         name = self.path.strip("/")
         self.server.asked.append(name)
-        if self.server.how is None:
-            return self.server.over.wait(60)
         if name not in self.server.files:
             return self.send_error(404)
         content = self.server.files[name]

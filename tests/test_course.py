@@ -12,11 +12,7 @@ from untrained import binary, made, noise, one_hot
 
 import codebase.utils as ut
 from codebase import course, data, evaluate
-from codebase.runtime.files import UsageError
 from codebase.train import train
-
-NUMBER = r"-?\d+\.\d+(e-?\d+)?"
-NELBO = rf"NELBO: {NUMBER}\. KL: {NUMBER}\. Rec: {NUMBER}"
 
 
 @pytest.fixture
@@ -47,23 +43,16 @@ def test_utils_has_the_courses_other_names(name):
     assert inspect.isfunction(train)  # which some scripts import and never call
 
 
-def test_unknown_names_are_attribute_errors():
-    with pytest.raises(AttributeError, match=r"codebase\.utils.*no_such_name"):
-        _ = ut.no_such_name
-
-
-@pytest.mark.parametrize("kind, step", [("vae", 20_000), ("gmvae", 7), ("fsvae", 1_000_000)])
+@pytest.mark.parametrize("kind, step", [("vae", 7), ("fsvae", 1_000_000)])
 def test_a_script_loads_by_name(kind, step, in_folder):
-    """Its arguments may be positional; the device may be a word, a device or left out."""
     name = f"model={kind:s}_run={0:04d}"
     stored = made(kind, seed=1, name=name)
     ut.save_model_by_name(stored, step)
     assert list(tree(in_folder)) == [f"checkpoints/{name}/model-{step:05d}.pt"]
-    for given in ([], ["cpu"], [torch.device("cpu")]):
+    for device in (None, "cpu", torch.device("cpu")):
         model = made(kind, seed=2, name=name, nn="v1")
-        ut.load_model_by_name(model, step, *given)
+        ut.load_model_by_name(model, step, device)
         assert same(model.state_dict(), stored.state_dict())
-    ut.load_model_by_name(model, global_step=step, device="cpu")
 
 
 def test_networks_have_the_courses_names():
@@ -107,74 +96,45 @@ def test_mnist_arrives_in_the_courses_shapes(noisy, in_folder, capsys):
     assert torch.equal(yl.argmax(1), data.course("train").labels)
 
 
-def test_svhn_arrives_without_other_sets(noisy):
-    _, labeled_subset, test_set = ut.get_svhn_data(torch.device("cpu"))
-    assert labeled_subset == test_set == (None, None)
-
-
 @pytest.mark.parametrize(
     "load, shape", [(ut.get_mnist_data, (1, 28, 28)), (ut.get_svhn_data, (3, 32, 32))]
 )
 def test_a_loader_shuffles_images_with_labels(load, shape, noisy):
-    loader, *_ = load("cpu")
+    loader, *others = load("cpu")
+    if load is ut.get_svhn_data:
+        assert others == [(None, None), (None, None)]
     kept = noise(230, 784 if shape[0] == 1 else 3072)
     place = {tuple(row[:20]): at for at, row in enumerate(kept.pixels.tolist())}
-    orders = []
-    for _ in range(2):
-        batches = list(loader)
-        assert [len(x) for x, _ in batches] == [100, 100, 30]
-        x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        assert x.shape == (230, *shape) and x.dtype == torch.float32 and y.dtype == torch.int64
-        rows = (x * 255).flatten(1)
-        order = [place[tuple(row[:20])] for row in rows.round().int().tolist()]
-        torch.testing.assert_close(rows, kept.pixels[order].float())
-        assert sorted(order) == list(range(230)) and torch.equal(y, kept.labels[order])
-        orders.append(order)
-    assert orders[0] != orders[1]
+    batches = list(loader)
+    assert [len(x) for x, _ in batches] == [100, 100, 30]
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert x.shape == (230, *shape) and x.dtype == torch.float32 and y.dtype == torch.int64
+    rows = (x * 255).flatten(1)
+    order = [place[tuple(row[:20])] for row in rows.round().int().tolist()]
+    torch.testing.assert_close(rows, kept.pixels[order].float())
+    assert torch.equal(y, kept.labels[order])
+    assert sorted(order) == list(range(230)) != order
 
 
 def test_the_lower_bound_is_printed(capsys):
     subset = (binary(5), one_hot(5))
     vae = made("vae", z_dim=2)
     ut.evaluate_lower_bound(vae, subset, run_iwae=False)
-    alone = capsys.readouterr().out.splitlines()
+    alone = capsys.readouterr().out.strip()
     ut.evaluate_lower_bound(vae, subset)
     nelbo, *rest = capsys.readouterr().out.splitlines()
     found = evaluate.bounds(vae, subset[0])
-    assert re.fullmatch(NELBO, nelbo) and alone == [nelbo]
-    assert nelbo == f"NELBO: {found['nelbo']}. KL: {found['kl']}. Rec: {found['rec']}"
+    assert alone == nelbo == "NELBO: {nelbo}. KL: {kl}. Rec: {rec}".format(**found)
     assert rest == [f"Negative IWAE-{m}: {found[f'niwae_{m}']}" for m in (1, 10, 100, 1000)]
 
 
-@pytest.mark.parametrize("shape", [(784,), (1, 28, 28)])
-def test_the_classifiers_accuracy_is_printed(shape, capsys):
-    """The model's mode and the random numbers stay as they were; labels may not be one-hot."""
-    ssvae = made("ssvae").train()
-    x = torch.rand(25, *shape)
-    y = ssvae.cls(x.flatten(1)).argmax(1)
+def test_the_classifiers_accuracy_is_printed(capsys):
+    ssvae = made("ssvae")
+    x = torch.rand(25, 784)
+    y = ssvae.cls(x).argmax(1)
     y[:5] = (y[:5] + 1) % 10
-    before = torch.get_rng_state()
     ut.evaluate_classifier(ssvae, (x, y))
     assert capsys.readouterr().out == "Test set classification accuracy: 0.8\n"
-    assert torch.equal(torch.get_rng_state(), before) and ssvae.training
-    with pytest.raises(ValueError, match=r"y_test.*\(n,\).*\(25, 10\)"):
-        ut.evaluate_classifier(ssvae, (x, one_hot(25)))
-
-
-@pytest.mark.parametrize(
-    "load, name, file",
-    [
-        (ut.get_mnist_data, "MNIST", "data/MNIST/raw/train-images-idx3-ubyte"),
-        (ut.get_svhn_data, "SVHN", "data/extra_32x32.mat"),
-    ],
-)
-def test_without_files_and_network_one_line(load, name, file, in_folder, no_network):
-    with pytest.raises(UsageError) as caught:
-        load("cpu")
-    message = str(caught.value)
-    assert message.startswith(f"{name} cannot be downloaded to data (") and "\n" not in message
-    assert "by hand" in message and file in message
-    assert tree(in_folder) == {}
 
 
 @needs_mnist
@@ -184,6 +144,6 @@ def test_a_notebook_evaluates_the_original_models(in_folder, capsys):
     (in_folder / "checkpoints").symlink_to(REFERENCE / "checkpoints")
     runpy.run_path(str(Path(__file__).with_name("notebook.py")))
     *_, nelbo, accuracy = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(NELBO, nelbo)
+    assert re.fullmatch(r"NELBO: [\d.]+\. KL: [\d.]+\. Rec: [\d.]+", nelbo)
     assert float(nelbo.split()[1].rstrip(".")) == pytest.approx(101.818, abs=0.25)
     assert accuracy == "Test set classification accuracy: 0.9489"

@@ -13,8 +13,6 @@ from conftest import MNIST, REFERENCE, Largest, needs_mnist, needs_reference
 from untrained import ALL, BINARY, binary, made, noise, prior, spread_out
 
 from codebase import checkpoint, data, evaluate, utils
-from codebase.runtime import log
-from codebase.runtime.parallel import Processes
 
 EVALUATIONS = {
     "vae": lambda model: evaluate.bounds(model, binary(130), (1, 10)),
@@ -38,10 +36,6 @@ def test_evaluation_leaves_a_program_as_it_was(kind):
         assert {module.training for module in model.modules()} == {training}
         assert torch.is_grad_enabled()
         assert all(parameter.grad is None for parameter in model.parameters())
-
-
-# ---------------------------------------------------------------------------------------------
-# Bounds
 
 
 @BINARY
@@ -96,48 +90,11 @@ def test_iwae_tightens_to_the_log_likelihood(kind, settings):
     assert mean["nelbo"] > exact.mean()
 
 
-EARLIER = {  # what revisions that took a hundred images at most found, with 100 evaluations of each
-    "vae": {
-        "nelbo": 1647.79004, "kl": 0.36987, "rec": 1647.42017,
-        "niwae_1": 1647.79175, "niwae_10": 1169.41504, "niwae_150": 921.79218,
-        "ess_1": 1.0, "ess_10": 1.00656, "ess_150": 1.01766,
-    },
-    "gmvae": {
-        "nelbo": 1647.50708, "kl": 0.0868, "rec": 1647.42017,
-        "niwae_1": 1647.50708, "niwae_10": 1168.31372, "niwae_150": 920.35468,
-        "ess_1": 1.0, "ess_10": 1.00643, "ess_150": 1.0175,
-    },
-}  # fmt: skip
-
-
-@BINARY
-def test_bounds_are_those_of_earlier_revisions(kind, settings):
-    found = evaluate.bounds(spread_out(made(kind, **settings)), binary(100), (1, 10, 150))
-    assert found == pytest.approx(EARLIER[kind], rel=1e-4)
-
-
-def test_bounds_of_many_images_average_their_pieces(monkeypatch):
-    """Every hundred has samples of its own, the first one those that it has alone."""
-    monkeypatch.setattr(evaluate, "rows_at_once", lambda model: 300)
-    model = spread_out(made("gmvae", k=20))
-    x = binary(230)
-    found = evaluate.bounds(model, x, [1, 130], seed=3)
-    wanted = dict.fromkeys(found, 0.0)
-    for number, piece in enumerate(x.split(100)):
-        alone = evaluate.bounds(model, piece, [1, 130], seed=3 + 10**9 * number)
-        for name, value in alone.items():
-            wanted[name] += value * len(piece) / 230
-    assert found == pytest.approx(wanted, rel=1e-6)
-
-
 def test_bounds_can_be_had_of_every_image():
-    """In the images' order, in pieces that share no samples."""
+    """In the images' order; a figure of all is their mean."""
     model = spread_out(made("vae"))
     x = binary(100).repeat(3, 1)[:230]
-    drawn = []
-    hook = model.dec.register_forward_pre_hook(lambda module, inputs: drawn.append(inputs[0]))
     mean = evaluate.bounds(model, x, (10,))
-    hook.remove()
     of_each = evaluate.bounds(model, x, (10,), reduce=False)
     assert of_each.keys() == mean.keys()
     for name, values in of_each.items():
@@ -146,26 +103,13 @@ def test_bounds_can_be_had_of_every_image():
     with torch.no_grad():
         wanted = utils.kl_normal(*model.enc(x), torch.zeros(1), torch.ones(1))
     torch.testing.assert_close(of_each["kl"].float(), wanted)
-    first, second = torch.cat(drawn[:20]).reshape(2, -1, 10)
-    assert not (first == second).any()
 
 
-def test_distant_seeds_share_no_samples():
-    """As those of neighbouring seeds may: a standard error over these would be too small."""
-    model = made("vae")
-    x = binary(100)
-    first = evaluate.bounds(model, x, [], reduce=False)["nelbo"]
-    spread = []
-    for seed in (1_000_000, 2_000_000, 3_000_000):
-        spread.append((evaluate.bounds(model, x, [], seed, reduce=False)["nelbo"] - first).std())
-    assert max(spread) < 1.5 * min(spread)
-
-
-@pytest.mark.parametrize("x", [255 * binary(3), binary(3) - 0.01, binary(3) * math.nan])
-def test_pixels_outside_zero_to_one_are_refused(x):
+def test_pixels_outside_zero_to_one_are_refused():
     words = r"pixels in \[0, 1\], not from (nan|-?[\d.]+) to (nan|[\d.]+)"
-    with pytest.raises(ValueError, match=words):
-        evaluate.bounds(made("vae"), x, ())
+    for x in [255 * binary(3), binary(3) - 0.01, binary(3) * math.nan]:
+        with pytest.raises(ValueError, match=words):
+            evaluate.bounds(made("vae"), x, ())
     assert math.isfinite(evaluate.bounds(made("vae"), binary(3) * 0.5, ())["nelbo"])
 
 
@@ -254,34 +198,6 @@ def test_printed_lines_are_those_looked_for(capsys):
     assert [row.split() for row in rows][2] == [*"20030000100", "0.7500"]
 
 
-@pytest.mark.parametrize("rank, size", [(0, 1), (0, 3), (1, 3)])
-def test_a_long_evaluation_shows_its_progress(rank, size, capsys, monkeypatch):
-    """In the main process alone, of its own share, where wanted; a short one shows none."""
-    model = made("vae")
-    x = binary(250)
-    processes = Processes("cpu", rank, size)
-    monkeypatch.setattr(processes, "add_up", lambda tensors: None)  # there are no others
-    wanted = evaluate.bounds(model, x, [1], processes=processes, progress=True)
-    assert capsys.readouterr().err == ""
-    bar = log.tqdm
-    at_once = {"delay": 0, "mininterval": 0, "miniters": 1, "position": 0}
-    monkeypatch.setattr(log, "tqdm", lambda **options: bar(**{**options, **at_once}))
-    assert evaluate.bounds(model, x, [1], processes=processes) == wanted
-    assert capsys.readouterr().err == ""
-    assert evaluate.bounds(model, x, [1], processes=processes, progress=True) == wanted
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    # A hundred samples of each piece of images; ten at a time, and twenty of the half one.
-    counts = {(0, 1): [*range(0, 201, 10), *range(220, 301, 20), 300], (1, 3): []}
-    counts[0, 3] = [*range(0, 101, 10), 100]
-    total = 100 if size == 3 else 300
-    wanted = [f"sample {count} of {total}" for count in counts[rank, size]]
-    assert [line.split(",")[0] for line in lines] == wanted
-
-
-# ---------------------------------------------------------------------------------------------
-# Memory
-
-
 def test_memory_grows_with_neither_images_nor_k():
     sizes = []
     for n in (100, 300):
@@ -296,31 +212,6 @@ def test_memory_grows_with_neither_images_nor_k():
             evaluate.bounds(model, binary(5), (1,))
             evaluate.latent_use(model, noise(400))
         assert largest.bytes <= evaluate.MEMORY["cpu"]
-
-
-class Elsewhere:
-    """A GMVAE on a device that this machine may not have, as far as memory goes."""
-
-    def __init__(self, device: str, k: int, z_dim: int = 10):
-        self.device = torch.device(device)
-        self.k = k
-        self.z_dim = z_dim
-
-    def parameters(self):
-        yield self
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-def test_rows_are_as_many_as_memory_allows(device):
-    counts = []
-    for k in [0, 500, 20_000, 100_000]:
-        count = evaluate.rows_at_once(Elsewhere(device, k))
-        # Pairs of rows and components are in float64, or on mps with all of their 10 dimensions.
-        pair = 3 * 4 * 10 if device == "mps" else 2 * 8
-        assert count * (784 * 4 + k * pair) <= evaluate.MEMORY[device] <= 2**30
-        counts.append(count)
-    assert counts[0] >= counts[1] > counts[2] > counts[3] >= 1
-    assert evaluate.rows_at_once(Elsewhere(device, 2000, 2000)) >= 1
 
 
 def peak_memory() -> float:

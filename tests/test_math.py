@@ -41,23 +41,12 @@ def kl_of_logits(a, b):
     return utils.kl_cat(a.softmax(-1), a.log_softmax(-1), b.log_softmax(-1))
 
 
-def mixture_of_pairs(z, m, v):
-    """log_normal_mixture of shared components (1, mix, dim), by way of the pairwise function."""
-    return utils.log_mean_exp(utils.log_normal_pairwise(z, m[0], v[0]), -1)
-
-
-MIXTURES = pytest.mark.parametrize("ours", [utils.log_normal_mixture, mixture_of_pairs])
 EACH = (7, 5)
 CASES = {  # ours, torch's, and what they take
     "log_normal": (
         utils.log_normal,
         lambda x, m, v: normal(m, v).log_prob(x),
         [("real", EACH), ("real", EACH), ("variance", EACH)],
-    ),
-    "log_normal_pairwise": (
-        utils.log_normal_pairwise,
-        lambda z, m, v: normal(m, v).log_prob(z.unsqueeze(-2)),
-        [("real", (7, 3, 5)), ("real", (9, 5)), ("variance", (9, 5))],
     ),
     "shared mixture": (
         utils.log_normal_mixture,
@@ -133,46 +122,19 @@ def test_values_and_gradients_are_torchs(case, dtype):
             torch.testing.assert_close(found.double() / scale, right / scale, **close)
 
 
-def test_certain_pixels_are_exact_within_rounding():
-    logits = torch.tensor([[12.0, -15.0, 20.0, -25.0]])
-    exact = -torch.log1p(torch.exp(-logits.double().abs())).sum(-1)
-    value = utils.log_bernoulli_with_logits((logits > 0).float(), logits)
-    torch.testing.assert_close(value.double(), exact, rtol=0, atol=2e-6)
-
-
-def test_log_bernoulli_has_its_derivatives_at_zero():
-    x = torch.tensor([0.0, 1.0, 0.25])
-    logits = torch.zeros(3)
-
-    def density(logits):
-        return utils.log_bernoulli_with_logits(x, logits)
-
-    assert density(logits).item() == pytest.approx(-3 * math.log(2))
-    assert torch.equal(torch.func.grad(density)(logits), x - 0.5)
-    torch.testing.assert_close(torch.func.hessian(density)(logits), -0.25 * torch.eye(3))
-    by_autograd = torch.autograd.functional.hessian(density, logits)
-    torch.testing.assert_close(by_autograd, -0.25 * torch.eye(3))
-
-
-@MIXTURES
-def test_tiny_variances_leave_a_mixture_accurate(ours):
+def test_tiny_variances_leave_a_mixture_accurate():
     torch.manual_seed(0)
     m = 10 * torch.rand(1, 50, 10)
     v = torch.full((1, 50, 10), 1e-8)
     z = m[0, :20] + 1e-4 * torch.randn(20, 10)
     exact = mixture(m.double(), v.double()).log_prob(z.double())
-    torch.testing.assert_close(ours(z, m, v).double(), exact, rtol=1e-5, atol=1e-5)
+    value = utils.log_normal_mixture(z, m, v)
+    torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-BROADCAST = [
-    ((1, 5, 3), ()), ((1, 5, 3), (3,)), ((3,), (1, 5, 3)), ((1, 5, 1), (1, 5, 1)),
-    ((1, 1, 3), (1, 1, 3)), ((1, 10_000, 3), (1, 10_000, 3)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("m, v", BROADCAST)
+@pytest.mark.parametrize("m, v", [((1, 5, 3), ()), ((3,), (1, 5, 3)), ((1, 1, 3), (1, 1, 3))])
 def test_a_mixture_takes_whatever_broadcasts(m, v):
-    """Of one component, and of ten thousand, too; a single point gives a number."""
+    """Of one component, too."""
     torch.manual_seed(0)
     z = torch.randn(4, 3)
     m = torch.randn(m)
@@ -181,9 +143,6 @@ def test_a_mixture_takes_whatever_broadcasts(m, v):
     wanted = of_each.logsumexp(-1) - math.log(of_each.shape[-1])
     value = utils.log_normal_mixture(z, m, v)
     torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-5)
-    of_one = utils.log_normal_mixture(z[0], m, v)
-    assert of_one.shape == ()
-    torch.testing.assert_close(of_one, value[0])
 
 
 def test_log_sums_are_stable_at_both_ends():
@@ -215,27 +174,6 @@ def test_kl_cat_is_never_negative(dtype):
     assert plain.min() < 0 <= utils.kl_cat(log_q.exp(), log_q, log_p).min()
 
 
-def test_kl_cat_keeps_its_derivatives_at_zero():
-    def kl(logits):
-        return kl_of_logits(logits, torch.zeros(10))
-
-    for logits in torch.randn(20, 10, generator=torch.Generator().manual_seed(0)) * 1e-4:
-        q = logits.double().softmax(-1)
-        t = q.log() + math.log(10)
-        exact = q * (t - (q * t).sum())
-        gradient = torch.func.grad(kl)(logits)
-        torch.testing.assert_close(gradient.double(), exact, rtol=0, atol=3e-8)
-        assert gradient.any()
-    of_uniform = torch.eye(10) / 10 - 1 / 100
-    torch.testing.assert_close(torch.func.hessian(kl)(torch.zeros(10)), of_uniform)
-
-
-def test_kl_cat_of_no_distributions_is_plain():
-    q = torch.tensor([[0.1, 0.2]])
-    p = torch.tensor([[0.5, 0.5]])
-    torch.testing.assert_close(utils.kl_cat(q, q.log(), p.log()), (q * (q / p).log()).sum(-1))
-
-
 def test_parameters_split_along_any_axis():
     h = torch.randn(2, 6, 4)
     m, v = utils.gaussian_parameters(h, dim=1)
@@ -248,37 +186,9 @@ def test_duplicate_repeats_the_whole_batch():
     assert torch.equal(utils.duplicate(x, 3), torch.cat([x, x, x]))
 
 
-def z(*shape) -> torch.Tensor:
-    return torch.zeros(shape)
-
-
-WRONG = [  # function, arguments that do not fit, what the error says
-    (utils.log_normal, [z(3, 4), z(3, 5), z(3, 5)], ["4", "5"]),
-    (utils.log_normal_mixture, [z(3, 4), z(1, 2, 5), z(1, 2, 5)], ["4", "5"]),
-    (utils.log_normal_pairwise, [z(3, 4), z(2, 5), z(2, 5)], ["3x8", "10x2"]),
-    (utils.gaussian_parameters, [z(2, 5)], ["even", "dim -1", "5"]),
-    (utils.sample_gaussian, [z(2), z(3)], ["2", "3"]),
-    (utils.duplicate, [z(2), -1], ["-1"]),
-]
-
-
-@pytest.mark.parametrize("function, arguments, words", WRONG)
-def test_wrong_arguments_raise_with_both_sizes(function, arguments, words):
-    with pytest.raises((TypeError, ValueError, RuntimeError, IndexError)) as caught:
-        function(*arguments)
-    for word in words:
-        assert word in str(caught.value)
-
-
-@pytest.mark.parametrize("m, v", [((1, 3), (4, 3)), ((3,), (4, 3)), ((4, 3), (3,))])
-def test_every_entry_of_a_sample_has_noise(m, v):
-    assert len(utils.sample_gaussian(torch.zeros(m), torch.ones(v)).unique()) == 12
-
-
-@pytest.mark.parametrize("v", [(4, 3), (3,), ()])
-def test_samples_take_one_draw_like_the_mean(v):
+def test_samples_take_one_draw_like_the_mean():
     m = torch.randn(4, 3)
-    v = torch.rand(v)
+    v = torch.rand(3)
     torch.manual_seed(3)
     wanted = m + v.sqrt() * torch.randn_like(m)
     following = torch.rand(1)

@@ -3,13 +3,12 @@
 import math
 import warnings
 
-import numpy as np
 import pytest
 import torch
 import torch.distributions as td
 import torch.nn.functional as F
-from conftest import needs_cuda, same
-from untrained import ALL, BINARY, KINDS, batch, binary, made, one_hot, prior, spread_out
+from conftest import same
+from untrained import ALL, BINARY, KINDS, batch, binary, made, one_hot, prior
 
 from codebase import checkpoint
 from codebase.models import nns
@@ -18,11 +17,7 @@ from codebase.runtime.files import UsageError
 SIZES = {  # of the layers of each network, in the order in which they are made
     "vae": {"enc": [784, 300, 300, 20], "dec": [10, 300, 300, 784]},
     "gmvae": {"enc": [784, 300, 300, 20], "dec": [10, 300, 300, 784]},
-    "ssvae": {
-        "enc": [794, 300, 300, 128],
-        "dec": [74, 300, 300, 784],
-        "cls": [784, 300, 300, 10],
-    },
+    "ssvae": {"enc": [794, 300, 300, 128], "dec": [74, 300, 300, 784], "cls": [784, 300, 300, 10]},
     "fsvae": {"enc": [3082, 500, 500, 20], "dec": [20, 500, 500, 3072]},
 }
 
@@ -51,33 +46,21 @@ def test_the_seed_fixes_the_weights(kind):
     assert same(made(kind, seed=3, nn="v1").state_dict(), wanted)
 
 
-@pytest.mark.parametrize("shapes", [((7, 5), (7, 3)), ((7, 5), (4, 1, 3))])
-def test_a_network_is_its_plain_layers(shapes):
+def test_a_network_is_its_plain_layers():
+    """With ELUs, and in a classifier with ReLUs; a second input stands behind the first."""
     torch.manual_seed(0)
     network = nns.Network(5, 3, 8, 6)
-    x, y = (torch.randn(shape, requires_grad=True) for shape in shapes)
     w0, b0, w1, b1, w2, b2 = network.parameters()
-    shape = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
-    both = torch.cat([x.expand(*shape, -1), y.expand(*shape, -1)], -1)
+    x = torch.randn(7, 5)
+    y = torch.randn(4, 1, 3)
+    both = torch.cat([x.expand(4, 7, 5), y.expand(4, 7, 3)], -1)
     plain = F.linear(F.elu(F.linear(F.elu(F.linear(both, w0, b0)), w1, b1)), w2, b2)
-    found = network(x, y)
-    torch.testing.assert_close(found, plain)
-    inputs = [x, y, *network.parameters()]
-    ours = torch.autograd.grad(found.square().sum(), inputs)
-    wanted = torch.autograd.grad(plain.square().sum(), inputs)
-    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
-
-
-def test_a_classifier_has_relus():
+    torch.testing.assert_close(network(x, y), plain)
     network = made("ssvae").cls
     w0, b0, w1, b1, w2, b2 = network.parameters()
     x = binary(5)
     plain = F.linear(F.relu(F.linear(F.relu(F.linear(x, w0, b0)), w1, b1)), w2, b2)
     torch.testing.assert_close(network(x), plain)
-
-
-# ---------------------------------------------------------------------------------------------
-# Bounds of VAE and GMVAE
 
 
 @BINARY
@@ -112,11 +95,11 @@ def test_the_elbo_is_that_of_torch_distributions(kind, settings):
 
 
 @BINARY
-def test_log_densities_are_those_of_torch_distributions(kind, settings):
-    """Of every sample and image; the bound is the log mean of the weights that they make."""
+def test_the_iwae_bound_is_that_of_torch_distributions(kind, settings):
+    """With train_iw it is the loss."""
     model = made(kind, **settings)
     x = binary(5)
-    for iw in (1, 2, 30):
+    for iw in (1, 30):
         torch.manual_seed(4)
         niwae, kl, rec = model.negative_iwae_bound(x, iw)
         torch.manual_seed(4)
@@ -125,13 +108,15 @@ def test_log_densities_are_those_of_torch_distributions(kind, settings):
         log_p_x = td.Bernoulli(logits=model.dec(z)).log_prob(x).sum(-1)
         log_p_z = prior(model).log_prob(z)
         log_q_z = td.Normal(qm, qv.sqrt()).log_prob(z).sum(-1)
-        found = model.log_densities(x, qm, qv, z)
-        torch.testing.assert_close(found, (log_p_x, log_p_z, log_q_z))
         log_w = log_p_x + log_p_z - log_q_z
         torch.testing.assert_close(niwae, -(log_w.logsumexp(0) - math.log(iw)).mean())
         torch.testing.assert_close(kl, (log_q_z - log_p_z).mean(), rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(rec, -log_p_x.mean())
-        assert niwae <= kl + rec + 1e-4
+    model = made(kind, **settings, train_iw=30)
+    torch.manual_seed(4)
+    loss, terms = model.loss(x)
+    torch.testing.assert_close(list(terms.values()), [niwae, -(kl + rec), kl, rec])
+    torch.testing.assert_close(loss, niwae)
 
 
 def test_the_iwae_bound_has_its_published_value():
@@ -140,41 +125,6 @@ def test_the_iwae_bound_has_its_published_value():
     model = KINDS["vae"](z_dim=10)
     torch.manual_seed(0)
     assert model.negative_iwae_bound(x, iw=10)[0].item() == pytest.approx(544.3607, abs=0.15)
-
-
-def test_samples_are_counted_by_whole_numbers():
-    """Of any kind, from one on."""
-    model = made("vae")
-    x = binary(3)
-    torch.manual_seed(1)
-    wanted = model.negative_iwae_bound(x, 10)
-    for iw in (np.uint8(10), torch.tensor(10)):
-        torch.manual_seed(1)
-        torch.testing.assert_close(model.negative_iwae_bound(x, iw), wanted, rtol=0, atol=0)
-    for iw in (0, -1, 1.5, "3", np.int64(0), torch.tensor(1.5)):
-        with pytest.raises(ValueError, match="iw"):
-            model.negative_iwae_bound(x, iw)
-
-
-@BINARY
-def test_train_iw_makes_the_bound_the_loss(kind, settings):
-    model = spread_out(made(kind, **settings, train_iw=2))
-    x = binary(20)
-    torch.manual_seed(1)
-    niwae, kl, rec = model.negative_iwae_bound(x, 2)
-    wanted = torch.autograd.grad(niwae, list(model.parameters()))
-    torch.manual_seed(1)
-    loss, terms = model.loss(x)
-    torch.testing.assert_close((loss, terms["train/loss"]), (niwae, niwae), rtol=0, atol=0)
-    torch.testing.assert_close(terms["gen/elbo"], -(kl + rec))
-    torch.testing.assert_close((terms["gen/kl_z"], terms["gen/rec"]), (kl, rec))
-    assert loss < kl + rec - 1  # by far another value
-    found = torch.autograd.grad(loss, list(model.parameters()))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
-
-
-# ---------------------------------------------------------------------------------------------
-# SSVAE and FSVAE
 
 
 def label_by_label(model, x, eps):
@@ -194,9 +144,9 @@ def label_by_label(model, x, eps):
     return kl_z.mean(), kl_y.mean(), rec.mean()
 
 
-@pytest.mark.parametrize("certainty", [0.0, 1.0, 1000.0])
+@pytest.mark.parametrize("certainty", [1.0, 1000.0])
 def test_the_ssvae_bound_sums_over_labels(certainty):
-    """From a uniform classifier to one whose probabilities underflow."""
+    """Of a classifier whose probabilities underflow, too."""
     model = made("ssvae")
     x = binary(8)
     with torch.no_grad():
@@ -226,14 +176,10 @@ def test_the_ssvae_loss_weighs_both_terms():
     torch.testing.assert_close(model.classification_cross_entropy(xl, yl), ce)
     right = model.cls(xl).argmax(-1) == yl.argmax(-1)
     torch.testing.assert_close(terms["class/acc"], right.float().mean())
-
-
-def test_without_weight_nothing_generative_is_computed():
-    model = made("ssvae", gen_weight=0)
-    x, xl, yl = batch("ssvae")
-    model.enc.register_forward_hook(lambda *_: pytest.fail("the encoder was used"))
-    loss, terms = model.loss(x, xl, yl)
-    torch.testing.assert_close(loss, 100 * model.classification_cross_entropy(xl, yl))
+    without = made("ssvae", gen_weight=0)  # which computes nothing generative
+    without.enc.register_forward_hook(lambda *_: pytest.fail("the encoder was used"))
+    loss, terms = without.loss(x, xl, yl)
+    torch.testing.assert_close(loss, 100 * ce)
     assert set(terms) == SSVAE_TERMS
 
 
@@ -259,65 +205,35 @@ def test_the_fsvae_bound_is_that_of_torch_distributions():
     torch.testing.assert_close(model.reconstruct(x, y, other), model.dec(m, other))
 
 
-WRONG_LABELS = [torch.ones(10, 1), torch.arange(10), torch.ones(1, 10, 10), torch.ones(3, 10)]
+def test_labels_that_are_not_one_hot_raise():
+    y = torch.arange(10)
+    words = r"y must be .*\(batch, 10\), not \(10,\)"
+    with pytest.raises(ValueError, match=words):
+        made("ssvae").loss(binary(10), binary(10), y)
+    with pytest.raises(ValueError, match=words):
+        made("fsvae").negative_elbo_bound(torch.rand(10, 3072), y)
 
 
-@pytest.mark.parametrize("y", WRONG_LABELS)
-def test_labels_that_are_not_one_hot_raise(y):
-    x = binary(10)
-    pixels = torch.rand(10, 3072)
-    for call in (
-        lambda: made("ssvae").classification_cross_entropy(x, y),
-        lambda: made("ssvae", gen_weight=0).loss(x, x, y),
-        lambda: made("fsvae").negative_elbo_bound(pixels, y),
-    ):
-        with pytest.raises(ValueError, match=r"y must be .*\(batch, 10\), not \(") as caught:
-            call()
-        assert str(tuple(y.shape)) in str(caught.value)
-
-
-# ---------------------------------------------------------------------------------------------
-# All models
-
-
-BOUNDS = {
-    "vae": lambda x: made("vae").negative_elbo_bound(x),
-    "gmvae": lambda x: made("gmvae").negative_iwae_bound(x, 2),
-    "ssvae": lambda x: made("ssvae").negative_elbo_bound(x),
-    "torch.func": lambda x: torch.func.grad(lambda x: made("vae").loss(x)[0])(x),
-}
-
-
-@pytest.mark.parametrize("bound", BOUNDS)
-def test_pixels_outside_zero_to_one_warn(bound):
-    x = binary(3)
-    for wrong in (255 * x, 2 * x - 1, x * math.nan):
+def test_pixels_outside_zero_to_one_warn():
+    for wrong in (255 * binary(3), 2 * binary(3) - 1, binary(3) * math.nan):
         with pytest.warns(UserWarning, match=r"pixels outside \[0, 1\]"):
-            BOUNDS[bound](wrong)
+            made("vae").negative_elbo_bound(wrong)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        BOUNDS[bound](x)
-        BOUNDS[bound](x * 0.5)
+        made("vae").negative_elbo_bound(binary(3) * 0.5)
         made("fsvae").loss(3 * torch.randn(6, 3072), one_hot(6))  # its pixels are free
 
 
-def test_a_bound_can_be_mapped_over_images():
-    """Where pixels cannot be looked at."""
-    model = made("vae")
-    of_one = lambda row: model.negative_elbo_bound(row[None])[0]  # noqa: E731
-    assert torch.func.vmap(of_one, randomness="different")(255 * binary(3)).isfinite().all()
-
-
 @BINARY
-@pytest.mark.parametrize("n", [0, 3])
-def test_models_of_binary_pixels_draw_images(kind, settings, n):
+def test_models_of_binary_pixels_draw_images(kind, settings):
     model = made(kind, **settings)
-    z = model.sample_z(n)
-    assert z.shape == (n, 10)
+    z = model.sample_z(3)
+    assert z.shape == (3, 10)
     torch.testing.assert_close(model.compute_sigmoid_given(z), model.dec(z).sigmoid())
-    assert model.sample_sigmoid(n).shape == (n, 784)
-    for x in (model.sample_x(n), model.sample_x_given(z)):
-        assert x.shape == (n, 784) and set(x.unique().tolist()) <= {0.0, 1.0}
+    assert model.sample_sigmoid(3).shape == (3, 784)
+    for x in (model.sample_x(3), model.sample_x_given(z)):
+        assert x.shape == (3, 784)
+        assert set(x.unique().tolist()) == {0.0, 1.0}
 
 
 def test_samples_of_the_mixture_follow_its_components():
@@ -330,10 +246,6 @@ def test_samples_of_the_mixture_follow_its_components():
     nearest = torch.cdist(z, m[0]).argmin(1)
     assert torch.bincount(nearest, minlength=3).min() > 850
     assert (z - m[0, nearest]).var(0).tolist() == pytest.approx(v[0, 0].tolist(), rel=0.2)
-
-
-# ---------------------------------------------------------------------------------------------
-# Files of weights
 
 
 @pytest.fixture
@@ -350,23 +262,8 @@ def stored(tmp_path, monkeypatch):
     return store
 
 
-def test_a_checkpoint_is_a_bare_state_dict(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    model = made("vae", name="mine")
-    path = checkpoint.save_model_by_name(model, 42)
-    assert str(path) == "checkpoints/mine/model-00042.pt"
-    found = torch.load(path, weights_only=True)
-    assert same(found, model.state_dict())
-    assert {value.device.type for value in found.values()} == {"cpu"}
-
-
-def without(*keys):
-    return lambda state: {key: state[key] for key in state if key not in keys}
-
-
 OTHER_CONSTANTS = [
-    ("vae", without("z_prior_m", "z_prior_v")),
-    ("fsvae", without("z_prior_v")),
+    ("vae", lambda state: {key: state[key] for key in state if "prior" not in key}),
     ("fsvae", lambda state: {**state, "x_v": torch.ones(1)}),
     ("ssvae", lambda state: {**state, "y_prior": torch.ones(1)}),
 ]
@@ -384,54 +281,20 @@ def test_constants_may_be_missing_or_more(kind, change, stored):
     assert same(model.state_dict(), wanted)
 
 
-@pytest.mark.parametrize("kind, key", [("vae", "enc.net.0.bias"), ("gmvae", "pi")])
-def test_other_missing_keys_are_refused(kind, key, stored):
-    stored(kind, without(key))
-    with pytest.raises(UsageError, match=f"has no {key}"):
-        checkpoint.load_model_by_name(made(kind), 7)
+def test_other_missing_keys_are_refused(stored):
+    stored("vae", lambda state: {key: state[key] for key in state if key != "enc.net.0.bias"})
+    with pytest.raises(UsageError, match=r"has no enc\.net\.0\.bias"):
+        checkpoint.load_model_by_name(made("vae"), 7)
 
 
-WRAPPERS = {
-    "'module.'": lambda state: {f"module.{key}": state[key] for key in state},
-    "'module._orig_mod.'": lambda state: {f"module._orig_mod.{key}": state[key] for key in state},
-    "'state_dict'": lambda state: {"epoch": 3, "state_dict": state},
-    "'model_state_dict'": lambda state: {"model_state_dict": state, "loss": 1.5},
-}
-
-
-@pytest.mark.parametrize("found", WRAPPERS)
-def test_wrapped_weights_are_refused_with_their_conversion(found, stored):
-    wanted, path = stored("vae", WRAPPERS[found])
+def test_wrapped_weights_are_refused_with_their_conversion(stored):
+    wanted, path = stored("vae", lambda state: {f"module.{key}": state[key] for key in state})
     model = made("vae", seed=2)
     with pytest.raises(UsageError) as caught:
         checkpoint.load_model_by_name(model, 7)
     message = str(caught.value)
-    assert "\n" not in message and str(path) in message and found in message
+    assert "\n" not in message and str(path) in message and "'module.'" in message
     assert same(model.state_dict(), made("vae", seed=2).state_dict())
     exec(message.partition("in Python: ")[2], {})  # what it says to do helps
     checkpoint.load_model_by_name(model, 7)
     assert same(model.state_dict(), wanted)
-
-
-# ---------------------------------------------------------------------------------------------
-# On a GPU
-
-
-@needs_cuda
-@ALL
-def test_losses_and_gradients_on_cuda_are_the_cpus(kind, monkeypatch):
-    found = []
-    for device in ("cpu", "cuda"):
-        stream = torch.Generator().manual_seed(1)
-        monkeypatch.setattr(
-            torch, "randn_like", lambda m, s=stream: torch.randn(m.shape, generator=s).to(m.device)
-        )
-        model = made(kind).to(device)
-        loss, terms = model.loss(*(value.to(device) for value in batch(kind, 40)))
-        loss.backward()
-        found.append(terms | {name: value.grad for name, value in model.named_parameters()})
-        assert {value.device.type for value in found[-1].values()} == {device}
-    on_cpu, on_cuda = found
-    for name, value in on_cpu.items():
-        scale = value.abs().amax().clamp(min=1)
-        torch.testing.assert_close(on_cuda[name].cpu() / scale, value / scale, rtol=1e-4, atol=1e-4)

@@ -66,36 +66,6 @@ def start(model: str, folder: Path, digits_dir: Path, *flags) -> subprocess.Pope
     return subprocess.Popen(words, cwd=folder, stdout=pipe, stderr=pipe, text=True)
 
 
-def content(folder: Path) -> dict:
-    """Every file of the runs in a folder, read; without the seconds, which no two runs share."""
-    found = {}
-    for name, raw in tree(folder).items():
-        path = folder / name
-        if path.name == "metrics.csv":
-            raw = table(folder, path.parent.name)
-        elif path.suffix == ".pt":
-            raw = torch.load(path, weights_only=True)
-        if path.name == "state.pt":
-            raw["metrics"]["seconds"] = 0
-            raw["metrics"]["rows"] = [row[:-1] for row in raw["metrics"]["rows"]]
-        found[name] = raw
-    return found
-
-
-def differences(a, b, name: str = "") -> list[str]:
-    """The names of what differs in two nested dictionaries of tensors and plain values, by bits."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        found = []
-        for key in sorted({*a, *b}, key=str):
-            found += differences(a.get(key), b.get(key), f"{name}/{key}")
-        return found
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        equal = torch.equal(a, b)
-    else:
-        equal = a == b
-    return [] if equal else [name]
-
-
 def failing(number: int, path: str | None = None):
     """A function that fails as the system does, with that errno."""
 
@@ -203,18 +173,6 @@ def test_a_run_that_fails_at_any_file(order, small, renames, tmp_path):
         assert not differences(content(tmp_path / folder), wanted), folder
 
 
-def test_the_state_is_written_last_of_every_save(small, renames):
-    names = renames()
-    lines(small("run"))
-    names = [name for name in names if name != "config.json"]
-    first, *saves = "\n".join(names).split("state.pt")
-    assert first.split() == ["metrics.csv"]  # a start has its state too
-    for step, save in zip([3, 6], saves, strict=False):
-        wanted = {"metrics.csv", "test.csv", f"samples-{step:07d}.png", f"model-{step:05d}.pt"}
-        assert wanted <= set(save.split())
-    assert not {"metrics.csv", "test.csv", "model-00006.pt"} & set(saves[2].split())
-
-
 @pytest.fixture
 def kill_and_finish(script, digits_dir, tmp_path):
     """Kill a run so often, each time within so many seconds of its start, and finish it.
@@ -278,18 +236,6 @@ def test_a_full_disk_leaves_checkpoints_as_they_were(few, script, tmp_path):
     assert tree(tmp_path / "checkpoints") == before
     assert not list(tmp_path.rglob("*.tmp"))
     lines(script("vae", "--iter_max", 4))
-
-
-def test_a_folder_that_vanishes_is_a_clear_error(few, script, tmp_path, monkeypatch):
-    step = torch.optim.Adam.step
-
-    def vanishing(*args, **kwargs):
-        shutil.rmtree(tmp_path / "checkpoints")
-        (tmp_path / "checkpoints").write_text("a file where the folder was")
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", vanishing)
-    assert "checkpoints" in only_error(script("vae", "--iter_max", 1), 1)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -532,95 +478,6 @@ def test_any_object_may_stand_for_a_stream(make, flags, code, few, script, monke
         assert ("--z" in err.text) == (code == 2)
 
 
-@pytest.mark.long
-def test_no_file_is_opened_in_a_streams_place(tmp_path, digits_dir):
-    words = command("vae", "--data", "digits", "--data_dir", digits_dir, "--iter_max", 2)
-    line = f"{shlex.join(words)} 1>&- 2>&-"
-    result = subprocess.run(["sh", "-c", line], cwd=tmp_path, timeout=120)
-    assert result.returncode == 0
-    assert checkpoint_steps(tmp_path, "vae") == [2]
-
-
-def test_failing_progress_opens_and_breaks_nothing(tmp_path):
-    """Into a broken pipe, and into a stream that was closed."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "w", buffering=1) as broken:
-        for stream in (log.UnbreakableStream(broken), log.UnbreakableStream(closed())):
-            before = len(os.listdir("/proc/self/fd"))
-            for _ in range(20):
-                stream.write("step 1 of 2\n")
-                stream.flush()
-            assert len(os.listdir("/proc/self/fd")) == before
-
-
-@pytest.mark.long
-def test_a_broken_pipe_of_progress_ends_no_training(tmp_path, digits_dir):
-    """Its exit code is 0 all the same, so that a shell goes on with the next command."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    words = command("vae", "--data", "digits", "--data_dir", digits_dir, "--iter_max", 6000)
-    words += ["--batch_size", "1"]
-    process = subprocess.run(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=writer)
-    os.close(writer)
-    assert process.returncode == 0
-    assert b"NELBO: " in process.stdout
-    assert state(tmp_path)["step"] == 6000
-
-
-@pytest.mark.long
-def test_first_lines_stand_first_in_a_log(tmp_path, digits_dir):
-    """Where both streams go to one file, as under nohup."""
-    words = command("vae", "--data", "digits", "--data_dir", digits_dir)
-    words += ["--iter_max", "2500", "--batch_size", "20"]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    with (tmp_path / "log").open("w") as file:
-        subprocess.run(words, cwd=tmp_path, env=environment, stdout=file, stderr=file)
-    assert (tmp_path / "log").read_text().startswith("model=vae")
-
-
-def test_an_unprintable_file_name_is_escaped(few, main, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    pixels = np.zeros((200, 784), np.uint8)
-    np.savez("числа.npz", x=pixels)
-    said = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, "ascii"))
-    assert main("vae", "--iter_max", 2, "--data", "числа.npz").returncode == 0
-    sys.stdout.flush()
-    assert b"\\u0447" in said.getvalue()
-    assert Path("checkpoints", "model=vae_z=10_data=числа_run=0000", "model-00002.pt").exists()
-    refused = io.BytesIO()
-    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(refused, "ascii"))
-    assert main("vae", "--iter_max", 2, "--data", "нет.npz").returncode == 2
-    sys.stderr.flush()
-    assert b"there is no file" in refused.getvalue()
-
-
-OWN_SETTINGS = {
-    "nothing": {},
-    "another count": {"GOMP_SPINCOUNT": "77"},
-    "a policy": {"OMP_WAIT_POLICY": "active"},
-}
-
-
-@pytest.mark.parametrize("own", OWN_SETTINGS)
-def test_waiting_threads_spin_briefly_unless_told_otherwise(own, monkeypatch, tmp_path):
-    """What is in the environment when torch is loaded."""
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in OWN_SETTINGS[own].items():
-        monkeypatch.setenv(name, value)
-    words = [sys.executable, str(FAULTY_START), "torch", "0", "--data", "digits"]
-    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    word, count = result.stdout.split()
-    assert word == "count"
-    if own == "nothing":
-        assert count.isdecimal()
-    else:
-        assert count == OWN_SETTINGS[own].get("GOMP_SPINCOUNT", "None")
-    assert list(tmp_path.iterdir()) == []
-
-
 # ---------------------------------------------------------------------------------------------
 # Rivals, and file systems without locks
 
@@ -636,29 +493,6 @@ def test_a_second_process_on_a_run_is_refused(tmp_path, digits_dir, script):
     process.kill()
     process.communicate()
     lines(script("vae", "--iter_max", 2, "--overwrite", 1))
-
-
-@pytest.mark.long
-def test_four_runs_at_once_give_their_own_metrics(tmp_path, digits_dir, script):
-    """In one folder, a thread each: neighbours on the machine change nothing but the time."""
-    together = tmp_path / "together"
-    apart = tmp_path / "apart"
-    together.mkdir()
-    apart.mkdir()
-    flags = ["--iter_max", 20, "--run"]
-    started = [start("vae", together, digits_dir, *flags, run) for run in range(4)]
-    at_once = [process.communicate()[0].splitlines()[-1] for process in started]
-    one_by_one = [lines(script("vae", *flags, run, cwd=apart))[-1] for run in range(4)]
-    assert at_once == one_by_one
-    assert len(set(at_once)) == 4
-
-
-def no_lock(*_, **__):
-    raise NotImplementedError("no flock here")
-
-
-def busy(*_, **__):
-    raise filelock.Timeout("a lock")
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
@@ -678,43 +512,6 @@ def test_without_locks_a_run_warns_and_continues(
     (warning,) = [line for line in printed if "cannot be locked here" in line]
     assert warning.startswith(f"warning: {Path('logs', NAME, '.lock')}")
     assert checkpoint_steps(tmp_path, "vae") == [1, 2]
-
-
-def test_a_lock_file_that_is_denied_is_named(script, monkeypatch, tmp_path):
-    (tmp_path / "logs" / NAME).mkdir(parents=True)
-    (tmp_path / "logs" / NAME / ".lock").touch()
-    real = os.open
-
-    def denied(path, *args, **kwargs):
-        if str(path).endswith(".lock"):
-            failing(errno.EACCES, path)()
-        return real(path, *args, **kwargs)
-
-    monkeypatch.setattr(os, "open", denied)
-    line = only_error(script("vae", "--iter_max", 2))
-    assert str(Path("logs", NAME, ".lock")) in line
-    assert "Permission denied" in line
-    assert "delete that file" in line
-    assert not (tmp_path / "checkpoints").exists()
-
-
-def test_a_failing_clean_up_hides_no_error(script, monkeypatch, tmp_path):
-    """Windows deletes no file that is open."""
-    unlink = os.unlink
-
-    def held(path, *args, **kwargs):
-        if Path(path).name == ".lock":
-            raise PermissionError(errno.EACCES, "the process cannot access the file", str(path))
-        unlink(path, *args, **kwargs)
-
-    broken = state_file(tmp_path)
-    broken.parent.mkdir(parents=True)
-    broken.write_bytes(b"nothing that can be read")
-    monkeypatch.setattr(os, "unlink", held)
-    monkeypatch.setattr(os, "remove", held)
-    line = only_error(script("vae", "--iter_max", 2))
-    assert "state.pt" in line
-    assert "cannot access" not in line
 
 
 # ---------------------------------------------------------------------------------------------
@@ -758,22 +555,6 @@ def test_metrics_that_are_not_finite_are_an_error(few, script, tmp_path, monkeyp
     assert "nelbo" in line
     assert "not finite" in line
     assert "NELBO" not in result.stdout
-    assert tree(tmp_path) == before
-
-
-def test_metrics_stored_as_nan_are_replaced(few, script, tmp_path):
-    """Earlier revisions stored them, in files that are no JSON; none are written any more."""
-    lines(script("vae", "--iter_max", 2))
-    path = tmp_path / "logs" / NAME / "results.json"
-    stored = results(tmp_path)
-    stored["figures"]["niwae_7"] = float("nan")
-    path.write_text(json.dumps(stored))
-    lines(script("vae", "--iter_max", 2, "--train", 0, "--iw", 1))
-    assert "NaN" not in path.read_text()
-    assert "niwae_1" in path.read_text()
-    before = tree(tmp_path)
-    with pytest.raises(ValueError, match="JSON"):
-        files.write_json(path, stored)
     assert tree(tmp_path) == before
 
 

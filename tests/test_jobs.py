@@ -63,35 +63,9 @@ def start_slowly(folder: Path, words: list[str], **streams) -> subprocess.Popen:
     return process
 
 
-def stored(folder: Path) -> dict:
-    """Every file of the runs, read; without the seconds, which no two runs share."""
-    found = {}
-    for file, content in tree(folder).items():
-        path = folder / file
-        if path.name == "metrics.csv":
-            content = table(folder, path.parent.name)
-        if path.suffix == ".pt":
-            values = torch.load(path, weights_only=True)
-            if path.name == "state.pt":
-                values["metrics"]["seconds"] = 0
-                values["metrics"]["rows"] = [row[:-1] for row in values["metrics"]["rows"]]
-            content = comparable(values)
-        found[file] = content
-    return found
-
-
 def without_pictures(found: dict) -> dict:
     """odd_runs.py renders none."""
     return {file: content for file, content in found.items() if not file.endswith(".png")}
-
-
-def comparable(values):
-    """Nested dictionaries in which every tensor is a checksum of its bits."""
-    if isinstance(values, dict):
-        return {key: comparable(value) for key, value in values.items()}
-    if isinstance(values, torch.Tensor):
-        return sha256(values.numpy().tobytes()).hexdigest()
-    return values
 
 
 @pytest.fixture(scope="module")
@@ -246,15 +220,6 @@ def test_the_processes_of_torchrun_do_one_run_at_a_time(script, monkeypatch, tmp
     (line,) = result.stderr.splitlines()
     assert "argument --jobs: the processes of torchrun" in line
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_rest_of_a_series_is_overwritten_and_no_more():
-    flags = "--runs 6 --run 3 --seed 8 --jobs 2 --overwrite=1 --data digits".split()
-    advice = jobs.how_to_resume(run_vae.parse(flags), [4, 7, 8])
-    *rest, same = advice.removeprefix("to resume: ").split(" && ")
-    runs = [run_vae.parse(shlex.split(command)[2:]) for command in [*rest, same]]
-    found = [(run.run, run.runs, run.seed, run.overwrite, run.jobs) for run in runs]
-    assert found == [(4, 1, 9, 1, 2), (7, 2, 12, 1, 2), (3, 6, 8, 0, 2)]
 
 
 def test_missing_data_is_looked_for_once(main, no_network):

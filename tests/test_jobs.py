@@ -14,14 +14,13 @@ import subprocess
 import sys
 import termios
 import time
-from hashlib import sha256
 from pathlib import Path
 
 import filelock
 import odd_runs
 import pytest
 import torch
-from conftest import NAMES, ROOT, table, tree
+from conftest import NAMES, ROOT, only_error, stored
 
 import run_vae
 from codebase.runtime import jobs
@@ -63,11 +62,6 @@ def start_slowly(folder: Path, words: list[str], **streams) -> subprocess.Popen:
     return process
 
 
-def without_pictures(found: dict) -> dict:
-    """odd_runs.py renders none."""
-    return {file: content for file, content in found.items() if not file.endswith(".png")}
-
-
 @pytest.fixture(scope="module")
 def in_turn(tmp_path_factory, digits_dir) -> tuple[Path, str]:
     """The folder of a series of one run after another, and what it printed."""
@@ -107,9 +101,9 @@ def test_a_failed_run_of_several_at_once_is_reported(tmp_path, digits_dir):
     (tmp_path / "logs" / name(0)).mkdir(parents=True)
     with filelock.FileLock(tmp_path / "logs" / name(0) / ".lock"):
         result = finish(tmp_path, series(digits_dir, "--jobs", 2, "--runs", 2, "--iter_max", 10))
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("run 0: ") and "is in use by another process" in line
+    line = only_error(result)
+    assert line.startswith("run 0: ")
+    assert "is in use by another process" in line
     assert json.loads((tmp_path / SUMMARY).read_text())["runs"] == [1]
 
 
@@ -131,7 +125,10 @@ def test_ctrl_c_stops_all_runs_and_the_same_command_resumes(in_turn, tmp_path, d
     assert not state(tmp_path, 2).exists()
 
     assert finish(tmp_path, words).returncode == 0
-    assert without_pictures(stored(tmp_path)) == without_pictures(stored(in_turn[0]))
+    wanted = stored(in_turn[0])
+    for file, content in stored(tmp_path).items():
+        assert content == wanted[file] or file.endswith(".png"), file  # odd_runs.py renders none
+    assert stored(tmp_path).keys() == wanted.keys()
 
 
 def test_a_hang_up_ends_bars_and_says_what_is_still_to_be_overwritten(tmp_path, digits_dir):
@@ -172,34 +169,27 @@ def test_runs_whose_parent_is_killed_end(tmp_path, digits_dir):
 # The processes alone
 
 
-@pytest.mark.parametrize("user_says", ["", "3"])
-def test_lines_stay_whole_and_a_dead_process_takes_none_down(user_says, monkeypatch, capfd):
+def test_lines_stay_whole_and_a_dead_process_takes_none_down(monkeypatch, capfd):
+    """The cores are divided among the runs, but in the environment of this process."""
     monkeypatch.setattr(jobs, "core_count", lambda: 5)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    if user_says:
-        monkeypatch.setenv("OMP_NUM_THREADS", user_says)
     first = run_vae.parse(["--runs", "3"])
     runs = [first.numbered(number) for number in range(3)]
     results, number = jobs.side_by_side(runs, 2, odd_runs.print_much)
-    threads = float(user_says or 5 // 2)
-    done = (0, {"threads": threads})
+    done = (0, {"threads": 2.0})
     assert (results, number) == ({0: done, 1: (1, {}), 2: done}, 0)
-    assert os.environ.get("OMP_NUM_THREADS", "") == user_says
+    assert "OMP_NUM_THREADS" not in os.environ
     out, errors = capfd.readouterr()
     died = "run 1: error: its process died, exit code -9; checkpoints are intact"
-    assert died in errors.splitlines()
     lines = out.splitlines() + errors.splitlines()
     wanted = [f"run {run}: line {number}" for run in range(3) for number in range(200)]
     assert sorted(lines) == sorted([died, *wanted])
 
 
 JOBS = [  # --jobs, device, processes of torchrun, and how many runs of three are done at a time
-    ("1", "cpu", 1, 1),
-    ("2", "cpu", 1, 2),
     ("1000", "cuda", 1, 3),
     ("auto", "cpu", 1, 2),
     ("auto", "cuda", 1, 1),
-    ("auto", "mps", 1, 1),
     ("auto", "cpu", 2, 1),
 ]
 
@@ -215,17 +205,12 @@ def test_the_processes_of_torchrun_do_one_run_at_a_time(script, monkeypatch, tmp
     torchrun = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}
     for variable, value in torchrun.items():
         monkeypatch.setenv(variable, str(value))
-    result = script("vae", "--runs", 2, "--jobs", 2)
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert "argument --jobs: the processes of torchrun" in line
+    assert "argument --jobs:" in only_error(script("vae", "--runs", 2, "--jobs", 2))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_data_is_looked_for_once(main, no_network):
     """By the process that starts the others."""
     result = main("vae", "--data", "mnist", "--runs", 3, "--jobs", 2)
-    assert result.returncode == 2
     assert result.stdout.count("downloading") == 1
-    (line,) = result.stderr.splitlines()
-    assert "MNIST cannot be downloaded" in line
+    assert "MNIST cannot be downloaded" in only_error(result)

@@ -1,5 +1,6 @@
 """run_vae.py in which something goes wrong on purpose: python faulty_vae.py FAULT [flags]."""
 
+import itertools
 import os
 import signal
 import sys
@@ -17,9 +18,9 @@ RANK = int(os.environ["RANK"])
 
 
 def at_step(number: int, fault: Callable[[], None]) -> None:
-    """Call fault() before that step, counted over all runs of this process."""
+    """Call fault() before that step."""
     plain_step = train.plain_step
-    steps = iter(range(1, 1_000_000))
+    steps = itertools.count(1)
 
     def faulty_plain_step(*args) -> Callable:
         step = plain_step(*args)
@@ -32,10 +33,6 @@ def at_step(number: int, fault: Callable[[], None]) -> None:
         return faulty_step
 
     train.plain_step = faulty_plain_step
-
-
-# ---------------------------------------------------------------------------------------------
-# The faults
 
 
 def terminated_at_12() -> None:

@@ -27,15 +27,11 @@ def batch_for(kind: str) -> train.Batch:
     """What the loss of a model takes, of a hundred random images."""
     x = torch.rand(100, 3072 if kind == "fsvae" else 784).round()
     y = torch.eye(10).repeat(10, 1)
-
-    def batch(index):
-        if kind == "fsvae":
-            return x[index], y[index]
-        if kind.startswith("ssvae"):
-            return x[index], x, y
-        return (x[index],)
-
-    return batch
+    if kind == "fsvae":
+        return lambda index: (x[index], y[index])
+    if kind.startswith("ssvae"):
+        return lambda index: (x[index], x, y)
+    return lambda index: (x[index],)
 
 
 def compare(kind: str, tolerance: float = 1e-5) -> None:
@@ -137,30 +133,25 @@ def test_resuming_in_another_way_is_said(few, script, monkeypatch):
     assert "steps: plain (as the steps before)" in script("vae", "--iter_max", 9).stdout
 
 
-DECISIONS = [  # --compile, --iter_max, device, processes, and whether the step is the plain one
-    ("auto", 20_000, "cpu", 1, False),
-    ("auto", 19_999, "cpu", 1, True),
-    ("auto", 1, "cuda", 1, False),  # recorded, which takes no time
-    ("auto", 20_000, "mps", 1, True),
-    ("0", 20_000, "cpu", 1, True),
-    ("1", 1, "cpu", 1, False),
-    ("1", 20_000, "cpu", 2, True),
+DECISIONS = [  # --compile, --iter_max, device, processes, $CXX, and whether the step is plain
+    ("auto", 20_000, "cpu", 1, "mine", False),
+    ("auto", 20_000, "cpu", 1, "missing", True),
+    ("auto", 19_999, "cpu", 1, "mine", True),
+    ("auto", 1, "cuda", 1, "missing", False),  # recorded, which takes no compiler and no time
+    ("auto", 20_000, "mps", 1, "mine", True),
+    ("0", 20_000, "cpu", 1, "mine", True),
+    ("1", 1, "cpu", 1, "mine", False),
+    ("1", 20_000, "cpu", 2, "mine", True),
 ]
 
 
-@pytest.mark.parametrize("asked, steps, device, processes, plain", DECISIONS)
-def test_steps_devices_and_processes_decide(asked, steps, device, processes, plain, monkeypatch):
-    monkeypatch.setattr(train.shutil, "which", lambda name: name)
+@pytest.mark.parametrize("asked, steps, device, processes, cxx, plain", DECISIONS)
+def test_what_decides_on_compiling(asked, steps, device, processes, cxx, plain, monkeypatch):
+    monkeypatch.setenv("CXX", cxx)
+    monkeypatch.setattr(train.shutil, "which", lambda name: name if name == "mine" else None)
     run = run_vae.parse(["--compile", asked, "--iter_max", str(steps), "--data", "digits"])
     why = train.why_plain(run.changed(device=device), process_count=processes, before=None)
     assert (why != "") == plain
-
-
-def test_without_a_compiler_nothing_is_compiled(monkeypatch):
-    monkeypatch.setenv("CXX", "my-compiler")
-    monkeypatch.setattr(train.shutil, "which", lambda name: name if name == "g++" else None)
-    run = run_vae.parse(["--iter_max", "20000", "--data", "digits"]).changed(device="cpu")
-    assert "cpu" in train.why_plain(run, process_count=1, before=None)
 
 
 def test_a_signal_while_the_step_is_compiled(few, script, tmp_path, monkeypatch):

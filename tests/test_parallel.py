@@ -20,7 +20,6 @@ from conftest import (
     NAMES,
     ROOT,
     checkpoint_steps,
-    command,
     lines,
     only_error,
     results,
@@ -42,20 +41,16 @@ SHORT = ("--iter_max", 20, "--iter_save", 10)
 FAULTY = Path(__file__).with_name("faulty_vae.py")
 
 
-def torchrun(count: int, folder: Path, program: list[str]) -> subprocess.CompletedProcess:
-    """A Python program and its flags on several processes of one thread each."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words = [*launcher, f"--nproc_per_node={count}", "--", *program]
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture
 def processes(digits_dir, tmp_path):
-    """processes(2, "vae", "--z", 4): a script on so many processes, on drawn digits."""
+    """processes(2, path, "--z", 4): a script on so many processes, on drawn digits."""
 
-    def run(count: int, model: str, *flags, cwd=tmp_path) -> subprocess.CompletedProcess:
-        words = command(model, "--data", "digits", "--data_dir", digits_dir, *flags)
-        return torchrun(count, cwd, words[1:])
+    def run(count: int, path: Path, *flags) -> subprocess.CompletedProcess:
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        words += [f"--nproc_per_node={count}", "--", path, *flags]
+        words += ["--data", "digits", "--data_dir", digits_dir]
+        settings = {"capture_output": True, "text": True, "timeout": 300}
+        return subprocess.run([str(word) for word in words], cwd=tmp_path, **settings)
 
     return run
 
@@ -230,7 +225,7 @@ def test_a_run_resumes_with_more_processes(processes, script):
     """
     flags = ["--iter_max", 20, "--run", 3]
     lines(script("gmvae", "--iter_max", 10, "--run", 3))
-    said = lines(processes(2, "gmvae", *flags))
+    said = lines(processes(2, ROOT / "run_gmvae.py", *flags))
     assert "resuming from step 10" in said
     assert any("steps before were of 1 processes: the bits will differ" in line for line in said)
     assert "steps: plain (2 processes)" in said
@@ -238,35 +233,24 @@ def test_a_run_resumes_with_more_processes(processes, script):
     flags += ["--train", 0, "--iw", 10, 100, 300]
     alone = lines(script("gmvae", *flags))
     assert "IWAE-300" in alone[-1]
-    assert lines(processes(3, "gmvae", *flags))[-4:] == alone[-4:]
+    assert lines(processes(3, ROOT / "run_gmvae.py", *flags))[-4:] == alone[-4:]
 
 
 # ---------------------------------------------------------------------------------------------
 # Failures, signals and refusals end all processes, with one line
 
 
-def only_complaint(result: subprocess.CompletedProcess, script: str = FAULTY.name) -> str:
+def only_complaint(result: subprocess.CompletedProcess) -> str:
     """The one line of our scripts on stderr, which is no traceback; torchrun says more."""
     assert result.returncode != 0
     assert str(ROOT / "codebase") not in result.stderr, result.stderr
-    said = [line for line in result.stderr.splitlines() if line.startswith(f"{script}: ")]
+    said = [line for line in result.stderr.splitlines() if line.startswith(f"{FAULTY.name}: ")]
     assert len(said) == 1, result.stderr
     return said[0]
 
 
-@pytest.fixture
-def faulty(tmp_path, digits_dir):
-    """Two processes of run_vae.py in which something goes wrong; see faulty_vae.py."""
-
-    def run(fault: str, *flags) -> subprocess.CompletedProcess:
-        words = [FAULTY, fault, "--data", "digits", "--data_dir", digits_dir, *flags]
-        return torchrun(2, tmp_path, [str(word) for word in words])
-
-    return run
-
-
 @pytest.mark.long
-def test_processes_without_a_shared_folder_stop_together(faulty, tmp_path, script):
+def test_processes_without_a_shared_folder_stop_together(processes, tmp_path, script):
     """The second one gets the signal, and has another state in its folder."""
     first = tmp_path / "rank0"
     other = tmp_path / "rank1"
@@ -274,7 +258,9 @@ def test_processes_without_a_shared_folder_stop_together(faulty, tmp_path, scrip
     other.mkdir()
     lines(script("vae", *SHORT, cwd=other))  # further on, and not to be used
     before = tree(other)
-    assert "stopped at step 12, state saved" in only_complaint(faulty("terminated at 12", *SHORT))
+    assert "stopped at step 12, state saved" in only_complaint(
+        processes(2, FAULTY, "terminated at 12", *SHORT)
+    )
     assert state(first)["step"] == 12
     assert tree(other) == before  # the first process alone writes
 
@@ -315,9 +301,9 @@ def test_more_processes_than_gpus_are_refused(script, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_that_dies_ends_all(faulty, tmp_path, script):
+def test_a_process_that_dies_ends_all(processes, tmp_path, script):
     """And the run resumes from its last state."""
-    line = only_complaint(faulty("killed at 16", *SHORT))
+    line = only_complaint(processes(2, FAULTY, "killed at 16", *SHORT))
     assert "another process of this run died" in line
     assert checkpoint_steps(tmp_path, "vae") == [10]
     assert "resuming from step 10" in lines(script("vae", *SHORT))
@@ -325,7 +311,7 @@ def test_a_process_that_dies_ends_all(faulty, tmp_path, script):
 
 
 @pytest.mark.long
-def test_an_error_of_one_process_is_told(faulty):
-    line = only_complaint(faulty("out of memory at 5", *SHORT))
+def test_an_error_of_one_process_is_told(processes):
+    line = only_complaint(processes(2, FAULTY, "out of memory at 5", *SHORT))
     assert "the second card is full" in line
     assert "smaller --batch_size" in line

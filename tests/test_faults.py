@@ -135,14 +135,10 @@ def test_a_run_that_fails_at_any_file(small, renames, tmp_path):
     assert {"results.json", "config.json", "state.pt"} <= set(names)
     for k, name in enumerate(names, start=1):
         folder = f"{k}, {name}"
-        for fault in (Killed(), DISK_FULL):  # the second fails later, or at nothing
-            renames(k, fault)
-            failed = small(folder)
-            if fault is DISK_FULL and failed.returncode:
-                assert "No space left" in only_error(failed, 1)
-                assert not list((tmp_path / folder).rglob("*.tmp")), folder
-            for path in (tmp_path / folder).rglob("*.pt"):
-                torch.load(path, weights_only=True)  # whatever is there is whole
+        renames(k, Killed())
+        assert small(folder).returncode == 1
+        for path in (tmp_path / folder).rglob("*.pt"):
+            torch.load(path, weights_only=True)  # whatever is there is whole
         renames()
         lines(small(folder))
         assert stored(tmp_path / folder) == wanted, folder
@@ -239,8 +235,9 @@ def test_a_held_table_loses_no_step(few, script, renames, monkeypatch, tmp_path)
     held = PermissionError(errno.EACCES, "Permission denied", "metrics.csv")
     flags = ["--iter_max", 4, "--iter_save", 3]
     renames(4, held)  # after config.json, and the table and state of the start
-    (warning,) = [line for line in lines(script("vae", *flags)) if line.startswith("warning:")]
-    assert "Permission denied: 'metrics.csv'" in warning
+    printed = lines(script("vae", *flags))
+    (warning,) = [line for line in printed if line.startswith("warning: metrics.csv")]
+    assert "Permission denied" in warning
     names = renames()
     lines(script("vae", *flags, "--overwrite", 1))
     at_the_save = names.index("test.csv")
@@ -259,16 +256,12 @@ ENDINGS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
 @pytest.mark.parametrize("number, code", ENDINGS)
-def test_a_signal_saves_the_state(number, code, tmp_path, digits_dir):
+def test_a_signal_saves_the_state(number, code, few, script, monkeypatch, tmp_path):
     """And the run says how to resume it."""
-    process = start("vae", tmp_path, digits_dir, "--iter_max", 100_000, "--iter_save", 50)
-    wait_for(state_file(tmp_path), process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "state saved; the same command resumes from there" in errors.splitlines()[-1]
-    stopped = int(errors.split("stopped at step ")[1].split(",")[0])
-    assert state(tmp_path)["step"] == stopped
+    signal_at(monkeypatch, 3, number)
+    line = only_error(script("vae", "--iter_max", 6), code)
+    assert line.endswith("stopped at step 3, state saved; the same command resumes from there")
+    assert state(tmp_path)["step"] == 3
 
 
 def test_under_nohup_a_hang_up_stays_ignored(few, script, monkeypatch, tmp_path):

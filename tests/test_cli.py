@@ -26,6 +26,7 @@ from conftest import (
     tree,
     weights,
 )
+from scipy.io import savemat
 
 from codebase import checkpoint, data, evaluate
 from codebase.models.vae import VAE
@@ -126,11 +127,11 @@ def test_results_of_something_else_are_not_kept(finished, script, tmp_path):
 
 
 def test_short_training_teaches_vae_and_classifier(script, tmp_path):
-    lines(script("vae", "--iter_max", 400))
-    lines(script("ssvae", "--gw", 0, "--iter_max", 400))
-    assert results(tmp_path)["figures"]["nelbo"] < 180  # the seeds 0 to 2 bring 150 to 152
+    lines(script("vae", "--iter_max", 120))
+    lines(script("ssvae", "--gw", 0, "--iter_max", 200))
+    assert results(tmp_path)["figures"]["nelbo"] < 220  # the seeds 0 and 1 bring 209 and 210
     found = results(tmp_path, NAMES["ssvae"].replace("gw=001", "gw=000"))
-    assert found["figures"]["accuracy"] > 0.55  # and 0.60 to 0.61
+    assert found["figures"]["accuracy"] > 0.55  # and 0.60
 
 
 def test_a_series_is_summarised_without_failed_runs(few, script, tmp_path):
@@ -321,15 +322,19 @@ def store_vae(name: str, step: int) -> VAE:
     return model
 
 
-def test_without_test_images_training_images_are_evaluated(main, monkeypatch, tmp_path):
-    """And every figure says so."""
-    monkeypatch.chdir(tmp_path)
-    np.savez("mine.npz", x=random_images(300, 784).pixels.numpy())
-    printed = lines(main("vae", "--data", "mine.npz", "--iter_max", 2, "--runs", 2))
+def test_an_fsvae_says_that_it_is_evaluated_on_training_images(main, no_network, tmp_path):
+    """Where SVHN's test split is not there; its digits 0 are labelled 10."""
+    (tmp_path / "data").mkdir()
+    pixels = random_images(300, 3072).pixels.numpy().reshape(32, 32, 3, 300)
+    labels = np.arange(300)[:, None] % 10 + 1
+    savemat(tmp_path / "data" / "train_32x32.mat", {"X": pixels, "y": labels})
+    flags = ["--check_data", 0, "--split", "train", "--iter_max", 2, "--runs", 2]
+    printed = lines(main("fsvae", *flags))
     assert any(re.fullmatch(rf"{BOUND} \(on training images\)", line) for line in printed)
     assert any("2 runs (0, 1) (on training images)" in line for line in printed)
-    found = results(tmp_path, NAMES["vae"].replace("digits", "mine"))
+    found = results(tmp_path, "model=fsvae_split=train_run=0000")
     assert (found["evaluated_on"], found["test_images"]) == ("training images", 300)
+    assert found["data"] == "svhn, train split, files not verified"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -429,14 +434,13 @@ def test_shipped_weights_are_small_and_in_git():
     assert sum((ROOT / "checkpoints" / name).stat().st_size for name in named) < 12_000_000
 
 
-def test_deleting_shipped_weights_is_warned_of_before(fresh, main, monkeypatch):
-    """So that a Ctrl-C comes in time."""
-    fresh("vae")
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", raising(KeyboardInterrupt()))
-        result = main("vae", "--run", 2021, "--data", "mnist", "--overwrite", 1)
-    assert result.returncode == 130
-    assert "warning: --overwrite 1 deletes checkpoints/model=vae_z=10_run=2021" in result.stdout
+def test_deleting_shipped_weights_is_warned_of_before(fresh, tmp_path, monkeypatch, capsys):
+    name = fresh("vae")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "unlink", raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.delete_run(name)
+    assert f"warning: --overwrite 1 deletes checkpoints/{name}" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------

@@ -191,6 +191,15 @@ def signal_at(monkeypatch, count: int, number: int) -> None:
     monkeypatch.setattr(torch.optim.Adam, "step", signalled)
 
 
+def raising(error: BaseException):
+    """A function that raises this, whatever it is called with."""
+
+    def raise_it(*_, **__):
+        raise error
+
+    return raise_it
+
+
 def lines(result: subprocess.CompletedProcess) -> list[str]:
     """What a command printed that went well."""
     assert result.returncode == 0, result.stderr
@@ -215,6 +224,31 @@ def tree(folder: Path) -> dict[str, bytes]:
         if path.is_file():
             content[str(path.relative_to(folder))] = path.read_bytes()
     return content
+
+
+def comparable(values):
+    """Nested dictionaries in which every tensor is a checksum of its bits."""
+    if isinstance(values, dict):
+        return {key: comparable(value) for key, value in values.items()}
+    if isinstance(values, torch.Tensor):
+        return sha256(values.numpy().tobytes()).hexdigest()
+    return values
+
+
+def stored(folder: Path) -> dict:
+    """Every file of the runs, comparable; without the seconds, which no two runs share."""
+    found = {}
+    for file, content in tree(folder).items():
+        path = folder / file
+        if path.name == "metrics.csv":
+            content = table(folder, path.parent.name)
+        if path.suffix == ".pt":
+            content = torch.load(path, weights_only=True)
+        if path.name == "state.pt":
+            content["metrics"]["seconds"] = 0
+            content["metrics"]["rows"] = [row[:-1] for row in content["metrics"]["rows"]]
+        found[file] = comparable(content)
+    return found
 
 
 def weights(folder: Path, name: str, step: int) -> dict[str, torch.Tensor]:

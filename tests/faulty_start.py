@@ -1,7 +1,6 @@
 """A start of run_vae.py in which something happens when a module is looked for.
 
-python faulty_start.py MODULE SIGNAL [flags] sends SIGNAL then; SIGNAL 0 prints GOMP_SPINCOUNT as
-that module would find it, and ends.
+python faulty_start.py MODULE SIGNAL [flags] sends SIGNAL then.
 """
 
 import os
@@ -17,11 +16,8 @@ number = int(sys.argv[2])
 class Finder:
     @staticmethod
     def find_spec(name, *_):
-        if name == module and number:
+        if name == module:
             signal.raise_signal(number)
-        if name == module and not number:
-            print("count", os.environ.get("GOMP_SPINCOUNT"), flush=True)
-            os._exit(0)
 
 
 sys.modules.pop(module, None)

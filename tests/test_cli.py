@@ -6,38 +6,31 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
-    MNIST,
     NAMES,
     ROOT,
-    checkpoint_steps,
     command,
     lines,
-    needs_mnist,
     only_error,
+    raising,
     random_images,
     results,
     same,
-    skip_if,
     state,
     table,
     tree,
     weights,
 )
-from PIL import Image
 from scipy.io import savemat
 
-from codebase import checkpoint, data, evaluate, train
-from codebase.models.fsvae import FSVAE
+from codebase import checkpoint, data, evaluate
 from codebase.models.vae import VAE
-from codebase.runtime import download, options
-from codebase.runtime.launch import launch
+from codebase.runtime import options
 
 NUMBER = r"-?\d+\.\d+(e-?\d+)?"
 BOUND = rf"NELBO: {NUMBER}\. KL: {NUMBER}\. Rec: {NUMBER}"
@@ -63,13 +56,6 @@ def steps(rows: list[dict[str, str]]) -> list[str]:
 
 def parse(model: str, *flags) -> options.Run:
     return importlib.import_module(f"run_{model}").parse([str(flag) for flag in flags])
-
-
-def raising(error):
-    def raise_it(*_, **__):
-        raise error
-
-    return raise_it
 
 
 @pytest.fixture
@@ -109,21 +95,6 @@ def test_a_model_trains_loads_and_leaves_its_files(model, finished, script, tmp_
     assert {"loss", "nelbo", "kl", "rec"} <= set(rows[0])
 
 
-def test_a_process_does_what_its_main_does(script, digits_dir, tmp_path):
-    """And draws its pictures, as a user sees them."""
-    flags = ["--data", "digits", "--data_dir", digits_dir, "--iter_max", 20]
-    made = tmp_path / "process"
-    made.mkdir()
-    result = subprocess.run(command("vae", *flags), cwd=made, capture_output=True, text=True)
-    assert re.fullmatch(BOUND, lines(result)[-1])
-    assert lines(result)[-1] == lines(script("vae", "--iter_max", 20))[-1]
-    assert same(weights(made, NAMES["vae"], 20), weights(tmp_path, NAMES["vae"], 20))
-    assert table(made, NAMES["vae"]) == table(tmp_path, NAMES["vae"])
-    assert pictures(made, NAMES["vae"]) == PICTURES["vae"]
-    for name in PICTURES["vae"]:
-        Image.open(made / "logs" / NAMES["vae"] / name).verify()
-
-
 def test_results_of_evaluation_join_those_of_training(finished, script, tmp_path):
     finished("vae")
     trained = results(tmp_path)
@@ -146,37 +117,21 @@ def test_results_of_something_else_are_not_kept(finished, script, tmp_path):
     finished("vae")
     path = tmp_path / "logs" / NAMES["vae"] / "results.json"
     found = results(tmp_path)
-    stale = found | {"figures": found["figures"] | {"niwae_7": 1.0}, "remark": "of the other"}
+    stale = found | {"figures": {"niwae_7": 1.0}}
     others = ["{ half a file"]
-    others.append(json.dumps({key: found[key] for key in ("name", "data", "step")}))
-    for other in ({"step": 6}, {"data": "mnist"}, {"name": "another run"}):
-        others.append(json.dumps(stale | other))
+    others += [json.dumps(stale | other) for other in ({"step": 6}, {"data": "mnist"})]
     for other in others:
         path.write_text(other)
         lines(script("vae", "--iter_max", 10, "--train", 0, "--iw", 1))
-        now = results(tmp_path)
-        assert set(now["figures"]) == {*found["figures"], "niwae_1", "ess_1"}
-        assert "remark" not in now
-
-
-def test_confusion_matrix_and_accuracies_fit_together(finished, tmp_path):
-    printed = finished("ssvae")
-    found = results(tmp_path, NAMES["ssvae"])
-    counts = torch.tensor(found["confusion"])
-    assert set(found["figures"]) == {"accuracy"}
-    assert counts.shape == (10, 10)
-    assert counts.sum(1).tolist() == [150] * 10  # of each digit
-    assert found["per_digit_accuracy"] == pytest.approx((counts.diag() / counts.sum(1)).tolist())
-    assert found["figures"]["accuracy"] == counts.diag().sum().item() / 1500
-    assert printed[-1] == f"Test set classification accuracy: {found['figures']['accuracy']}"
+        assert set(results(tmp_path)["figures"]) == {*found["figures"], "niwae_1", "ess_1"}
 
 
 def test_short_training_teaches_vae_and_classifier(script, tmp_path):
-    lines(script("vae", "--iter_max", 400))
-    lines(script("ssvae", "--gw", 0, "--iter_max", 400))
-    assert results(tmp_path)["figures"]["nelbo"] < 180  # the seeds 0 to 2 bring 150 to 152
+    lines(script("vae", "--iter_max", 120))
+    lines(script("ssvae", "--gw", 0, "--iter_max", 200))
+    assert results(tmp_path)["figures"]["nelbo"] < 220  # the seeds 0 and 1 bring 209 and 210
     found = results(tmp_path, NAMES["ssvae"].replace("gw=001", "gw=000"))
-    assert found["figures"]["accuracy"] > 0.55  # and 0.60 to 0.61
+    assert found["figures"]["accuracy"] > 0.55  # and 0.60
 
 
 def test_a_series_is_summarised_without_failed_runs(few, script, tmp_path):
@@ -213,36 +168,6 @@ def test_metrics_of_a_checkpoint_are_of_its_weights(model, names, finished, scri
     assert rows[0][names[0]] != rows[1][names[0]]
 
 
-def test_an_fsvae_is_watched_on_a_thousand_images(few, script, tmp_path):
-    lines(script("fsvae", "--iter_max", 4, "--iter_save", 2))
-    images = data.load(parse("fsvae", "--data", "digits"), "test")
-    first = data.Images(images.pixels[:1000], images.labels[:1000])
-    rows = table(tmp_path, NAMES["fsvae"], "test.csv")
-    assert steps(rows) == ["2", "4"]
-    for row in rows:
-        model = FSVAE()
-        model.load_state_dict(weights(tmp_path, NAMES["fsvae"], int(row["step"])))
-        found = evaluate.conditional_bound(model, first)
-        stored = {name: float(row[name]) for name in ("nelbo", "kl", "rec")}
-        assert stored == pytest.approx(found, rel=1e-6)
-
-
-def test_a_row_is_the_mean_of_its_steps(few, script, tmp_path, monkeypatch):
-    """The last one too, of the steps since the one before."""
-    rows = {}
-    for every in (10, 1):
-        folder = tmp_path / str(every)
-        folder.mkdir()
-        monkeypatch.setattr(train, "LOG_EVERY", every)
-        lines(script("vae", "--iter_max", 13, cwd=folder))
-        rows[every] = table(folder, NAMES["vae"])
-    assert steps(rows[10]) == ["10", "13"]
-    for row, fine in ((rows[10][0], rows[1][:10]), (rows[10][1], rows[1][10:])):
-        for column in row.keys() - {"step"}:
-            mean = sum(float(of_step[column]) for of_step in fine) / len(fine)
-            assert float(row[column]) == pytest.approx(mean, rel=1e-5)
-
-
 # ---------------------------------------------------------------------------------------------
 # What flags do
 
@@ -262,36 +187,19 @@ def test_training_on_iwae_has_a_tighter_loss(few, script, tmp_path):
     assert float(row["nelbo"]) == pytest.approx(float(row["kl"]) + float(row["rec"]), rel=1e-5)
 
 
-def test_the_learning_rate_reaches_the_optimizer(few, script, tmp_path):
-    """Adam's first step is as long as the rate, in every weight that has a gradient."""
-    torch.manual_seed(0)
-    before = VAE().state_dict()
-    lines(script("vae", "--iter_max", 1, "--lr", 0.05))
-    first = weights(tmp_path, NAMES["vae"].replace("_data", "_lr=0.05_data"), 1)
-    networks = [key for key in first if ".net." in key]
-    moved = torch.cat([(first[key] - before[key]).abs().flatten() for key in networks])
-    assert moved.max().item() == pytest.approx(0.05, rel=1e-2)
-    assert moved.median() > 0.5 * 0.05
-
-
-@pytest.mark.parametrize("labels, batch", [(50, 50), (200, 100)])
-def test_a_step_takes_a_hundred_labelled_images(labels, batch, few, script, monkeypatch):
-    """All where there are no more, or so many of them at random."""
+def test_a_step_takes_a_hundred_labelled_images(few, script, monkeypatch):
+    """Of more than a hundred so many at random."""
     taken = []
     one_hot = data.Images.one_hot
 
     def remembering(self, index):
-        taken.append((len(self), index))
+        taken.append(index)
         return one_hot(self, index)
 
     monkeypatch.setattr(data.Images, "one_hot", remembering)
-    lines(script("ssvae", "--labels", labels, "--iter_max", 5, "--gw", 0))
-    assert [(of, len(index)) for of, index in taken] == [(labels, batch)] * 5
-    if labels <= 100:
-        assert all(torch.equal(index, torch.arange(labels)) for _, index in taken)
-    else:
-        assert not torch.equal(taken[0][1], taken[1][1])
-        assert max(index.max().item() for _, index in taken) > 0.9 * labels
+    lines(script("ssvae", "--labels", 200, "--iter_max", 5, "--gw", 0))
+    assert [len(index) for index in taken] == [100] * 5
+    assert 180 < torch.cat(taken).max() < 200
 
 
 def test_the_seed_is_the_runs_number(few, script, tmp_path):
@@ -329,10 +237,8 @@ def test_overwrite_deletes_what_the_run_wrote_alone(finished, script, tmp_path):
 # Names, and the settings that fix the weights
 
 STEMS = [
-    ("vae", "--lr 0.01", "vae_z=10_lr=0.01"),
     ("vae", "--beta 4 --z 5", "vae_z=05_beta=4"),
     ("vae", "--schedule cosine --lr 0.01", "vae_z=10_lr=0.01_schedule=cosine"),
-    ("vae", "--beta 1E+02", "vae_z=10_beta=100"),
     ("gmvae", "--train_iw 50 --lr 0.0005", "gmvae_z=10_k=500_train_iw=50_lr=0.0005"),
     ("ssvae", "--labels 600 --lr 0.01", "ssvae_gw=001_cw=100_labels=600_lr=0.01"),
     ("ssvae", "--labels 100 --lr 0.001", "ssvae_gw=001_cw=100"),
@@ -384,37 +290,8 @@ def test_other_settings_than_the_stored_are_refused(finished, script, tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_what_a_name_rounds_away_is_refused(few, script):
-    first = {"--beta": "2.00000001", "--lr": "0.0200000001"}
-    flags = [word for pair in first.items() for word in pair]
-    lines(script("vae", "--iter_max", 2, *flags))
-    for flag, value in (("--beta", 2), ("--lr", 0.02)):
-        line = only_error(script("vae", "--iter_max", 4, *flags, flag, value))
-        assert f"argument {flag}" in line
-
-
-def test_what_does_not_fix_weights_may_change(finished, script, tmp_path):
-    finished("vae")
-    flags = ("--iter_save", 7, "--device", "cpu", "--check_data", 0, "--iw", 3, "--seed", 0)
-    lines(script("vae", "--iter_max", 15, *flags))
-    assert checkpoint_steps(tmp_path, "vae") == [6, 10, 14, 15]
-    config = json.loads((tmp_path / "logs" / NAMES["vae"] / "config.json").read_text())
-    assert config["iter_max"] == 15
-
-
 # ---------------------------------------------------------------------------------------------
 # Which data set, and what there is to load
-
-
-@pytest.fixture
-def no_download(monkeypatch):
-    """Nothing is missing that would be downloaded."""
-
-    def fetch(run):
-        missing = [path for path in download.files(run) if not path.exists()]
-        assert not missing, "nothing should be downloaded here"
-
-    monkeypatch.setattr(download, "fetch", fetch)
 
 
 @pytest.fixture
@@ -438,16 +315,6 @@ def test_a_missing_checkpoint_says_what_to_type(finished, script, tmp_path):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("asked", ["auto", "real"])
-def test_a_missing_checkpoint_comes_before_downloads(asked, main, no_download, tmp_path):
-    for model, name in NAMES.items():
-        flags = [] if asked == "auto" else ["--data", parse(model).real_data]
-        line = only_error(main(model, *flags, "--train", 0, "--iter_max", 7))
-        assert f"{name.replace('_data=digits', '')}/model-00007.pt" in line
-        assert "checkpoints of this run: none" in line
-    assert list(tmp_path.iterdir()) == []
-
-
 def store_vae(name: str, step: int) -> VAE:
     torch.manual_seed(0)
     model = VAE(name=name)
@@ -455,108 +322,19 @@ def store_vae(name: str, step: int) -> VAE:
     return model
 
 
-def test_digits_checkpoints_load_without_a_download(
-    main, no_download, only_digits, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    store_vae(NAMES["vae"], 7)
-    flags = ["--train", 0, "--iter_max", 7, "--iw", 1]
-    result = main("vae", *flags)
-    assert re.fullmatch(BOUND, lines(result)[-2])
-    assert "DRAWN DIGITS" in result.stdout
-    line = only_error(main("vae", "--data", "mnist", *flags))
-    assert "model=vae_z=10_run=0000/model-00007.pt" in line
-
-
-def test_real_weights_are_never_evaluated_on_digits(
-    main, no_network, only_digits, tmp_path, monkeypatch
-):
-    """But on the course's images, which are there; the whole test split needs its files."""
-    name = "model=vae_z=10_run=0000"
-    monkeypatch.chdir(tmp_path)
-    model = store_vae(name, 7)
-    wanted = evaluate.bounds(model, data.test_subset(data.course("test")), (1,))
-    result = main("vae", "--train", 0, "--iter_max", 7, "--iw", 1)
-    assert lines(result)[-2] == "NELBO: {nelbo}. KL: {kl}. Rec: {rec}".format(**wanted)
-    assert "DRAWN" not in result.stdout
-    assert "download" not in result.stdout
-    assert COURSE in result.stdout
-    assert results(tmp_path, name).items() >= {"data": "mnist", "test_images": 100}.items()
-    assert not list(only_digits.glob("MNIST*"))
-    result = main("vae", "--train", 0, "--iter_max", 7, "--test", "all")
-    line = result.stderr.splitlines()[-1]
-    assert result.returncode == 2
-    assert "t10k-images-idx3-ubyte" in line
-    assert "by hand" in line
-    assert "DRAWN" not in result.stdout
-    assert "NELBO" not in result.stdout
-
-
-def test_auto_takes_digits_where_mnist_is_not(main, no_network, only_digits, tmp_path):
-    """And says so."""
-    result = main("vae", "--iter_max", 2)
-    assert result.returncode == 0, result.stderr
-    assert "NO MNIST" in result.stdout
-    assert "DRAWN DIGITS" in result.stdout
-    assert (tmp_path / "logs" / NAMES["vae"]).is_dir()
-    assert not list(only_digits.glob(".download*"))
-    line = only_error(main("vae", "--iter_max", 2, "--data", "mnist"))
-    assert "train-images-idx3-ubyte" in line
-    assert "by hand" in line
-
-
-# ---------------------------------------------------------------------------------------------
-# SVHN: files as they are published, but of noise
-
-
-def store_svhn(folder: Path, split: str, count: int) -> data.Images:
-    """Write <split>_32x32.mat with images of noise, and return what is in it.
-
-    There it is rows x columns x channels x images, and 10 stands for the digit 0.
-    """
-    images = random_images(count, 3072)
-    pixels = images.pixels.numpy().reshape(-1, 3, 32, 32).transpose(2, 3, 1, 0)
-    labels = np.where(images.labels == 0, 10, images.labels)[:, None].astype("u1")
-    savemat(folder / f"{split}_32x32.mat", {"X": pixels, "y": labels})
-    return images
-
-
-def test_an_fsvae_says_what_it_is_evaluated_on(main, no_network, tmp_path):
-    """On training images, until there is a test split."""
-    name = "model=fsvae_split=train_run=0000"
-    place = tmp_path / "data"
-    place.mkdir()
-
-    def run(*flags) -> str:
-        flags = ["--check_data", 0, "--split", "train", "--iter_max", 20, *flags]
-        return "\n".join(lines(main("fsvae", *flags)))
-
-    def assert_evaluated_on(which: str, images: data.Images) -> None:
-        model = FSVAE()
-        model.load_state_dict(weights(tmp_path, name, 20))
-        found = results(tmp_path, name)
-        assert found["figures"] == pytest.approx(
-            evaluate.conditional_bound(model, images), rel=1e-5
-        )
-        about = {"evaluated_on": which, "test_images": len(images)}
-        assert found.items() >= about.items()
-        assert found["data"] == "svhn, train split, files not verified"
-
-    train_images = store_svhn(place, "train", 300)
-    first = run().splitlines()
-    assert re.fullmatch(rf"{BOUND} \(on training images\)", first[-1])
-    assert "training images: 300" in first
-    assert_evaluated_on("training images", train_images)
-    assert run("--train", 0).splitlines()[-1] == first[-1]
-    assert "2 runs (0, 1) (on training images), mean and standard error" in run("--runs", 2)
-    summary = json.loads((tmp_path / "logs" / "model=fsvae_split=train_summary.json").read_text())
-    assert summary["evaluated_on"] == "training images"
-
-    test_images = store_svhn(place, "test", 150)
-    assert re.fullmatch(BOUND, run().splitlines()[-1])
-    assert_evaluated_on("test split", test_images)
-    assert run("--iter_max", 22).splitlines()[-1].startswith("NELBO")
-    assert [row["step"] for row in table(tmp_path, name, "test.csv")] == ["22"]
+def test_an_fsvae_says_that_it_is_evaluated_on_training_images(main, no_network, tmp_path):
+    """Where SVHN's test split is not there; its digits 0 are labelled 10."""
+    (tmp_path / "data").mkdir()
+    pixels = random_images(300, 3072).pixels.numpy().reshape(32, 32, 3, 300)
+    labels = np.arange(300)[:, None] % 10 + 1
+    savemat(tmp_path / "data" / "train_32x32.mat", {"X": pixels, "y": labels})
+    flags = ["--check_data", 0, "--split", "train", "--iter_max", 2, "--runs", 2]
+    printed = lines(main("fsvae", *flags))
+    assert any(re.fullmatch(rf"{BOUND} \(on training images\)", line) for line in printed)
+    assert any("2 runs (0, 1) (on training images)" in line for line in printed)
+    found = results(tmp_path, "model=fsvae_split=train_run=0000")
+    assert (found["evaluated_on"], found["test_images"]) == ("training images", 300)
+    assert found["data"] == "svhn, train split, files not verified"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -567,16 +345,11 @@ SHIPPED = {
     "gmvae": "model=gmvae_z=10_k=500_run=2021/model-20000.pt",
     "ssvae": "model=ssvae_gw=001_cw=100_run=2021/model-30000.pt",
 }
-OLD_DRAWS = {"2018": "by the rule of 2018", "torch-0.4": "as by torch 0.4"}
-LESS = {  # nats, by which the older binarisations lie below the present one
-    "vae": {"2018": 0.84, "torch-0.4": 1.81},
-    "gmvae": {"2018": 1.84, "torch-0.4": 2.2},
-}
 
 
 @pytest.fixture
-def fresh(tmp_path, no_network, no_download):
-    """Copy a model's shipped weights to the test's folder, where nothing is downloaded."""
+def fresh(tmp_path, no_network):
+    """Copy a model's shipped weights to the test's folder, where nothing can be downloaded."""
 
     def copy(model: str) -> str:
         place = tmp_path / "checkpoints" / SHIPPED[model]
@@ -597,31 +370,26 @@ def metrics(printed: list[str]) -> dict[str, float]:
 @pytest.mark.parametrize("model", BINARY)
 def test_shipped_weights_evaluate_on_a_fresh_machine(model, fresh, main, tmp_path):
     name = fresh(model)
-    before = tree(tmp_path)
     printed = lines(main(model, "--run", 2021, "--train", 0))
     now = metrics(printed)
     assert 94 < now["IWAE-1000"] < now["IWAE-100"] < now["IWAE-10"] < now["IWAE-1"] < 102
     assert 98 < now["NELBO"] < 102
     assert now["NELBO"] == pytest.approx(now["KL"] + now["Rec"], abs=1e-3)
     assert any(COURSE in line for line in printed)
-    assert not any("DRAWN" in line for line in printed)
+    assert not any("DRAWN" in line or "download" in line for line in printed)
     assert "bounds: of 100 images" in printed
-    assert pictures(tmp_path, name) == OF_VAE
     about = {"test_images": 100, "data": "mnist", "step": 20_000}
     assert results(tmp_path, name).items() >= about.items()
-    after = {path: content for path, content in tree(tmp_path).items() if path[:4] != "logs"}
-    assert after == before  # nothing is fetched, trained or drawn anew
 
-    # Metrics of the course's older binarisations are kept apart.
-    for which, rule in OLD_DRAWS.items():
-        printed = lines(main(model, "--run", 2021, "--train", 0, "--iw", 1, "--test", which))
-        then = metrics(printed)
-        assert now["NELBO"] - then["NELBO"] == pytest.approx(LESS[model][which], abs=0.05)
-        assert f"bounds: of 100 images, binarised {rule}" in printed
-        stored = results(tmp_path, name)
-        for key, found in [("figures", now), (f"figures_{which}", then)]:
-            assert stored[key]["nelbo"] == found["NELBO"]
-            assert stored[key]["niwae_1"] == found["IWAE-1"]
+
+def test_real_weights_are_never_evaluated_on_digits(fresh, main, only_digits):
+    """The whole test split needs its files."""
+    fresh("vae")
+    result = main("vae", "--run", 2021, "--train", 0, "--test", "all")
+    assert result.returncode == 2
+    assert "t10k-images-idx3-ubyte" in result.stderr.splitlines()[-1]
+    assert "DRAWN" not in result.stdout
+    assert "NELBO" not in result.stdout
 
 
 def test_the_shipped_classifier_evaluates_without_mnist(fresh, main, tmp_path):
@@ -633,24 +401,6 @@ def test_the_shipped_classifier_evaluates_without_mnist(fresh, main, tmp_path):
     stored = results(tmp_path, name)
     assert stored["figures"]["accuracy"] == accuracy
     assert sum(map(sum, stored["confusion"])) == 100
-
-
-@needs_mnist
-@pytest.mark.parametrize("model", ["vae", "ssvae"])
-def test_with_mnist_the_bounds_stay_the_same(model, fresh, main, tmp_path):
-    """And what is of all test images is of MNIST's 10,000."""
-    name = fresh(model)
-    flags = ["--run", 2021, "--train", 0]
-    if model == "vae":
-        flags += ["--iw", 1]
-    without = lines(main(model, *flags))
-    there = lines(main(model, *flags, "--data_dir", MNIST))
-    assert metrics(there) == metrics(without)
-    assert "test images: 10,000" in there
-    assert not any("course" in line for line in there)
-    if model == "ssvae":
-        assert float(re.fullmatch(ACCURACY, there[-1])[0].split(": ")[1]) > 0.9
-    assert results(tmp_path, name)["test_images"] == 10_000
 
 
 def test_a_series_never_averages_over_two_data_sets(
@@ -677,151 +427,66 @@ def test_shipped_weights_are_named_from_elsewhere(main, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_shipped_weights_are_small_finite_and_in_git():
+def test_shipped_weights_are_small_and_in_git():
     ignored = (ROOT / "checkpoints" / ".gitignore").read_text()
     named = re.findall(r"^!(model=.*\.pt)$", ignored, flags=re.M)
     assert sorted(named) == sorted(SHIPPED.values())
-    paths = [ROOT / "checkpoints" / name for name in named]
-    assert sum(path.stat().st_size for path in paths) < 12_000_000
-    for path in paths:
-        for value in torch.load(path, weights_only=True).values():
-            assert torch.isfinite(value).all()
+    assert sum((ROOT / "checkpoints" / name).stat().st_size for name in named) < 12_000_000
 
 
-def test_deleting_shipped_weights_is_warned_of_before(tmp_path, monkeypatch, capsys):
+def test_deleting_shipped_weights_is_warned_of_before(fresh, tmp_path, monkeypatch, capsys):
+    name = fresh("vae")
     monkeypatch.chdir(tmp_path)
-    Path("checkpoints").mkdir()
-    shutil.copy(ROOT / "checkpoints" / ".gitignore", "checkpoints")
-    warning = "warning: --overwrite 1 deletes checkpoints/model=vae_z=10_run=2021"
-    for number, warned in (("2022", False), ("0202", False), ("2021", True)):
-        name = f"model=vae_z=10_run={number}"
-        store_vae(name, 20_000)
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "unlink", raising(KeyboardInterrupt()))
-            with pytest.raises(KeyboardInterrupt):
-                checkpoint.delete_run(name)
-        assert (warning in capsys.readouterr().out) == warned
+    monkeypatch.setattr(Path, "unlink", raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
         checkpoint.delete_run(name)
-        assert list(Path("checkpoints", name).iterdir()) == []
-    capsys.readouterr()
-    checkpoint.delete_run("model=vae_z=10_run=2021")
-    assert capsys.readouterr().out == ""  # there is nothing to lose any more
+    assert f"warning: --overwrite 1 deletes checkpoints/{name}" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------
 # Start-up, --help, and the settings that a script gets
 
-# The flags of every script with their defaults, as --help shows them; None: in words.
-SHARED_FLAGS = {
-    "iter_max": "20000",
-    "train": "1",
-    "run": "0",
-    "runs": "1",
-    "jobs": "1",
-    "schedule": "constant",
-    "overwrite": "0",
-    "seed": None,
-    "batch_size": "100",
-    "lr": "0.001",
-    "iter_save": "10000",
-    "device": "auto",
-    "compile": "auto",
-    "data": "auto",
-    "data_dir": "data",
-    "check_data": "1",
-}
-VAE_FLAGS = {"z": "10", "beta": "1.0", "train_iw": "1", "iw": "1 10 100 1000", "test": "subset"}
-FLAGS = {
-    "vae": {**SHARED_FLAGS, **VAE_FLAGS},
-    "gmvae": {**SHARED_FLAGS, **VAE_FLAGS, "k": "500"},
-    "ssvae": {**SHARED_FLAGS, "iter_max": "30000", "gw": "1", "cw": "100", "labels": "100"},
-    "fsvae": {**SHARED_FLAGS, "iter_max": "1000000", "split": "extra"},
+SHARED = {"iter_save": 10_000, "run": 0, "train": 1, "overwrite": 0, "batch_size": 100, "lr": 0.001}
+DEFAULTS = {  # those of the course
+    "vae": {"z": 10, "iter_max": 20_000},
+    "gmvae": {"z": 10, "k": 500, "iter_max": 20_000},
+    "ssvae": {"gw": 1, "cw": 100, "iter_max": 30_000},
+    "fsvae": {"iter_max": 1_000_000},
 }
 
 
 @pytest.mark.parametrize("model", NAMES)
-def test_help_shows_every_flag_and_loads_little(model, tmp_path):
-    """Neither torch nor numpy, so that it comes at once."""
-    python, *words = command(model, "--help")
+def test_defaults_are_those_of_the_course(model):
+    run = parse(model)
+    wanted = {**SHARED, **DEFAULTS[model]}
+    assert {flag: getattr(run, flag) for flag in wanted} == wanted
+
+
+def test_help_comes_at_once(tmp_path):
+    """A script that is imported and asked for help loads neither torch nor numpy, writes nothing."""
+    python, *words = command("vae", "--help")
     words = [python, "-X", "importtime", *words]
     found = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in found.stderr.splitlines()}
     assert "codebase.runtime.options" in imported
     assert not {"torch", "numpy"} & imported
-    assert set(re.findall(r"^ +--(\w+)", found.stdout, re.MULTILINE)) == {*FLAGS[model]}
-    shown = " ".join(found.stdout.split())
-    for flag, default in FLAGS[model].items():
-        assert f"--{flag} " in shown
-        assert default is None or f"(default: {default})" in shown  # as it can be typed
-    assert f"torchrun --nproc_per_node=2 -- run_{model}.py" in shown
     assert list(tmp_path.iterdir()) == []
-
-
-def test_importing_the_scripts_does_nothing(tmp_path):
-    words = [sys.executable, "-c", f"import {', '.join(f'run_{model}' for model in NAMES)}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPROFILEIMPORTTIME": "1"}
-    found = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (found.returncode, found.stdout) == (0, "")
-    assert not re.search(r"\| +(torch|numpy)$", found.stderr, re.MULTILINE)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_run_is_never_written_to():
-    run = parse("vae", "--run", 5, "--runs", 3, "--seed", 8)
-    assert (run.numbered(6).name[-4:], run.numbered(6).seed) == ("0006", 9)
-    for name in [*FLAGS["vae"], "name", "group"]:
-        with pytest.raises(AttributeError, match="never written to"):
-            setattr(run, name, 1)
-
-
-@skip_if(not torch.set_flush_denormal(False), reason="no such setting on this CPU")
-def test_scripts_compute_without_denormal_numbers(tmp_path, monkeypatch):
-    """In every thread; else some CPUs train an SSVAE at a fraction of their speed.
-
-    The caller's own setting is put back.
-    """
-
-    def denormals() -> int:
-        tiny = torch.full((1_000_000,), 1e-30) * 1e-10
-        return tiny.view(torch.int32).count_nonzero().item()
-
-    def one_run(run, processes):
-        torch.set_num_threads(2)
-        counted.append(denormals())
-        torch.set_num_threads(1)
-        return {"nelbo": 0.0}
-
-    monkeypatch.chdir(tmp_path)
-    counted = []
-    for own in (False, True):
-        torch.set_flush_denormal(own)
-        launch(importlib.import_module("run_vae").parse, one_run, ["--data", "digits"])
-        counted.append(denormals())
-    torch.set_flush_denormal(False)
-    assert counted == [0, 1_000_000, 0, 0]
 
 
 # ---------------------------------------------------------------------------------------------
 # What is refused: of each kind of value what it does not take, and of each flag one
 
-NO_WHOLE = ["-1", "0", "x", "1.5", "nan", "", "1_0", "٣", "99999999999999999999"]
-NO_REAL = ["-1", "nan", "inf", "-inf", "x", "", "1e7", "+1", "1_0", " 1", "1\n", "1e+", "1e+-2"]
-NO_FOLDER = ["", "a_file", "a_file/", "a_file/data", "nowhere/at/all", "/proc/none", "/dev/null"]
-NO_FOLDER += ["x" * 300, "x" * 2000, "a\0b"]
-NO_DATA = ["", "MNIST", "imagenet", "svhn", "a_file", "npz", "x.NPZ", "missing.npz", "a b.npz"]
-NO_DATA += ["nowhere/at/all.npz", "a_file/x.npz", "a_file.npy", "/proc.npz", "digits.npz", ".npz"]
-NO_DATA += ["a=b.npz", "x" * 300 + ".npz"]
-BAD = [("vae", ["--iter_max", value], "--iter_max") for value in NO_WHOLE]
-BAD += [("vae", ["--beta", value], "--beta") for value in [*NO_REAL, "٣"]]
-BAD += [("vae", ["--data_dir", value], "--data_dir") for value in NO_FOLDER]
-BAD += [("vae", ["--data", value], "--data") for value in NO_DATA]
-BAD += [("vae", ["--device", value], "--device") for value in ("", "tpu", "CPU", "cuda:99")]
-BAD += [("vae", ["--iw", *values], "--iw") for values in ([], ["10", "x"], ["100001"])]
+BAD = [("vae", ["--iter_max", value], "--iter_max") for value in ("0", "1.5", "", "٣", "9" * 20)]
+BAD += [("vae", ["--beta", value], "--beta") for value in ("-1", "nan", "1e7", "1_0", " 1")]
+BAD += [("vae", ["--data_dir", value], "--data_dir") for value in ("", "a_file/data", "a\0b")]
+BAD += [("vae", ["--data", value], "--data") for value in ("svhn", "missing.npz", "digits.npz")]
+BAD += [("vae", ["--device", value], "--device") for value in ("tpu", "cuda:99")]
+BAD += [("vae", ["--iw", *values], "--iw") for values in ([], ["10", "x"])]
 ONE_EACH = {  # a wrong value of every other flag
     "vae": "--train 2, --run -1, --runs 0, --jobs 0, --schedule linear, --overwrite 2, --seed -1, --batch_size 0, --lr 11, "
     "--iter_save 0, --compile 2, --check_data 2, --z 10001, --train_iw 1001, --test All",
-    "gmvae": "--k 0, --z 0, --beta -1, --train_iw 0, --iw 0, --test train",
+    "gmvae": "--k 0",
     "ssvae": "--gw 1000000, --cw -1, --labels 60000, --labels 105",
     "fsvae": "--split all, --data mnist",
 }
@@ -832,26 +497,14 @@ BAD += [
     ("vae", ["--train", "0", "--overwrite", "1"], "--overwrite"),
     ("ssvae", ["--gw", "0", "--cw", "0"], "--cw"),
     ("vae", ["--data_dir", "a_file"], "a file"),
-    ("vae", ["--z"], "--z"),
     ("vae", ["--k", "5"], "--k"),
-    ("ssvae", ["--iw", "5"], "--iw"),
-    ("fsvae", ["--labels", "100"], "--labels"),
-    ("gmvae", ["--no_such_flag", "1"], "--no_such_flag"),
     ("vae", ["--it", "5"], "--it"),
-    ("vae", ["-z", "5"], "-z"),
     ("vae", ["surplus"], "surplus"),
     ("vae", ["--train", "0", "--iter_max", "7"], "model-00007.pt"),
-    ("vae", ["--data", "digits", "--train", "0", "--iter_max", "7"], "model-00007.pt"),
 ]
 
 
-def shown(flags: list[str]) -> str:
-    return " ".join(flag[:40] for flag in flags)
-
-
-@pytest.mark.parametrize(
-    "model, flags, word", BAD, ids=[f"{model} {shown(flags)}" for model, flags, _ in BAD]
-)
+@pytest.mark.parametrize("model, flags, word", BAD)
 def test_a_bad_command_line_changes_nothing(model, flags, word, main, no_network, tmp_path):
     """It gets one line, and exit code 2."""
     (tmp_path / "a_file").write_text("not a folder")
@@ -863,20 +516,20 @@ def test_a_bad_command_line_changes_nothing(model, flags, word, main, no_network
 
 
 @pytest.mark.parametrize("flags", ["--z 0", "--data digits --train 0 --iter_max 7"])
-def test_a_bad_process_ends_as_main_does(flags, no_network, tmp_path):
+def test_a_bad_process_ends_as_main_does(flags, tmp_path):
     """Before torch is loaded, and after."""
-    (word,) = [word for model, words, word in BAD if words == flags.split()][:1] or ["--z"]
     words = command("vae", *flags.split())
     result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert word in only_error(result)
-    assert not result.stdout
+    assert "run_vae.py: error: " in only_error(result)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_flag_has_a_bad_value_above():
+@pytest.mark.parametrize("model", NAMES)
+def test_every_flag_has_a_bad_value_above(model, main):
     tried = {flags[0].removeprefix("--") for _, flags, _ in BAD if len(flags) > 1}
-    for model in NAMES:
-        assert set(FLAGS[model]) <= tried
+    shown = re.findall(r"^ +--(\w+)", main(model, "--help").stdout, re.MULTILINE)
+    assert "iter_max" in shown
+    assert set(shown) <= tried
 
 
 def test_an_unusable_current_folder_is_told(main, tmp_path, monkeypatch):
@@ -890,42 +543,18 @@ def test_an_unusable_current_folder_is_told(main, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
-def test_a_missing_device_comes_before_downloads(main, no_download, tmp_path):
-    for device in ("cuda", "gpu"):
-        for flags in ([], ["--data", "digits"], ["--data", "mnist"]):
-            assert "--device" in only_error(main("vae", "--device", device, *flags))
-    assert list(tmp_path.iterdir()) == []
-
-
 # ---------------------------------------------------------------------------------------------
 # Failures are reported for what they are
 
 
-CUDA_FULL = raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"))
-ADVICE = [  # how memory runs out, of which command, and what is named then and what is not
-    (CUDA_FULL, "vae", 1, "--batch_size --z", "--k --iw"),
-    (lambda *_: torch.empty(2**58), "gmvae", 1, "--batch_size --z --k", "--iw"),
-    (raising(MemoryError()), "ssvae", 1, "--batch_size", "--k --z"),
-    (CUDA_FULL, "gmvae", 0, "--z --k --device", "--batch_size"),
-    (raising(MemoryError()), "ssvae", 0, "--device", "--batch_size --k --z"),
-]
-
-
-@pytest.mark.parametrize("allocate, model, train, named, not_named", ADVICE)
-def test_running_out_of_memory_is_one_line(
-    allocate, model, train, named, not_named, script, monkeypatch, tmp_path
-):
+def test_running_out_of_memory_is_one_line(script, monkeypatch):
     """With advice that fits the command."""
-    monkeypatch.setattr(data, "load", allocate)
-    path = tmp_path / "checkpoints" / NAMES[model] / "model-00100.pt"
-    path.parent.mkdir(parents=True)
-    path.touch()
-    line = only_error(script(model, "--iter_max", 100, "--train", train), 1)
+    monkeypatch.setattr(data, "load", lambda *_: torch.empty(2**58))
+    line = only_error(script("gmvae", "--iter_max", 100), 1)
     assert "out of memory" in line
-    words = set(line.replace(",", " ").split())
-    assert set(named.split()) <= words
-    assert not set(not_named.split()) & words
+    words = line.replace(",", " ").split()
+    assert {"--batch_size", "--z", "--k"} <= set(words)
+    assert "--iw" not in words
 
 
 def test_other_failures_come_below_a_traceback(few, script, monkeypatch):

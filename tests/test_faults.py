@@ -5,15 +5,11 @@ Nothing is lost and nothing is let in.
 
 import errno
 import io
-import json
 import os
-import pickle
-import pty
 import random
 import re
 import resource
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +17,6 @@ import threading
 import time
 from pathlib import Path
 
-import filelock
-import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -32,11 +26,12 @@ from conftest import (
     lines,
     needs_compiler,
     only_error,
+    raising,
     random_images,
-    results,
     same,
     signal_at,
     state,
+    stored,
     table,
     tree,
     wait_for,
@@ -51,7 +46,6 @@ from codebase.runtime import files, log
 fcntl = pytest.importorskip("fcntl", reason="no POSIX locks on this machine")
 
 NAME = NAMES["vae"]
-LENGTHS = {"vae": 600, "gmvae": 500, "ssvae": 160, "fsvae": 200}
 FAULTY_START = Path(__file__).with_name("faulty_start.py")
 
 
@@ -64,45 +58,6 @@ def start(model: str, folder: Path, digits_dir: Path, *flags) -> subprocess.Pope
     words = command(model, "--data", "digits", "--data_dir", digits_dir, *flags)
     pipe = subprocess.PIPE
     return subprocess.Popen(words, cwd=folder, stdout=pipe, stderr=pipe, text=True)
-
-
-def content(folder: Path) -> dict:
-    """Every file of the runs in a folder, read; without the seconds, which no two runs share."""
-    found = {}
-    for name, raw in tree(folder).items():
-        path = folder / name
-        if path.name == "metrics.csv":
-            raw = table(folder, path.parent.name)
-        elif path.suffix == ".pt":
-            raw = torch.load(path, weights_only=True)
-        if path.name == "state.pt":
-            raw["metrics"]["seconds"] = 0
-            raw["metrics"]["rows"] = [row[:-1] for row in raw["metrics"]["rows"]]
-        found[name] = raw
-    return found
-
-
-def differences(a, b, name: str = "") -> list[str]:
-    """The names of what differs in two nested dictionaries of tensors and plain values, by bits."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        found = []
-        for key in sorted({*a, *b}, key=str):
-            found += differences(a.get(key), b.get(key), f"{name}/{key}")
-        return found
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        equal = torch.equal(a, b)
-    else:
-        equal = a == b
-    return [] if equal else [name]
-
-
-def failing(number: int, path: str | None = None):
-    """A function that fails as the system does, with that errno."""
-
-    def fail(*_, **__):
-        raise OSError(number, os.strerror(number), path)
-
-    return fail
 
 
 DISK_FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -171,98 +126,64 @@ def small(few, monkeypatch, script, tmp_path):
 # A write that fails, a process that is killed
 
 
-ORDERS = {"disk full": [DISK_FULL, Killed()], "killed": [Killed(), DISK_FULL]}
-
-
-@pytest.mark.parametrize("order", ["killed", pytest.param("disk full", marks=pytest.mark.long)])
-def test_a_run_that_fails_at_any_file(order, small, renames, tmp_path):
+def test_a_run_that_fails_at_any_file(small, renames, tmp_path):
     """The same command ends as if nothing had been."""
     names = renames()
     lines(small("whole"))
-    wanted = content(tmp_path / "whole")
+    wanted = stored(tmp_path / "whole")
     assert {"metrics.csv", "test.csv", "samples-0000003.png", "model-00003.pt"} <= set(names)
     assert {"results.json", "config.json", "state.pt"} <= set(names)
     for k, name in enumerate(names, start=1):
         folder = f"{k}, {name}"
-        at_a_save = names[k].startswith(("test.csv", "model-", "state.pt")) if names[k:] else False
-        between_saves = name == "metrics.csv" and not at_a_save
-        for attempt, fault in enumerate(ORDERS[order]):  # the second fails later, or at nothing
-            renames(k, fault)
-            failed = small(folder)
-            if between_saves and attempt == 0 and fault is DISK_FULL:
-                assert "warning: metrics.csv" in "\n".join(lines(failed)), folder
-                break  # the table of the next save has all of it
-            assert failed.returncode == 1 or attempt, folder
-            if fault is DISK_FULL and failed.returncode:
-                assert "No space left" in only_error(failed, 1)
-                assert not list((tmp_path / folder).rglob("*.tmp")), folder
-            for path in (tmp_path / folder).rglob("*.pt"):
-                torch.load(path, weights_only=True)  # whatever is there is whole
+        renames(k, Killed())
+        assert small(folder).returncode == 1
+        for path in (tmp_path / folder).rglob("*.pt"):
+            torch.load(path, weights_only=True)  # whatever is there is whole
         renames()
         lines(small(folder))
-        assert not differences(content(tmp_path / folder), wanted), folder
+        assert stored(tmp_path / folder) == wanted, folder
 
 
-def test_the_state_is_written_last_of_every_save(small, renames):
-    names = renames()
-    lines(small("run"))
-    names = [name for name in names if name != "config.json"]
-    first, *saves = "\n".join(names).split("state.pt")
-    assert first.split() == ["metrics.csv"]  # a start has its state too
-    for step, save in zip([3, 6], saves, strict=False):
-        wanted = {"metrics.csv", "test.csv", f"samples-{step:07d}.png", f"model-{step:05d}.pt"}
-        assert wanted <= set(save.split())
-    assert not {"metrics.csv", "test.csv", "model-00006.pt"} & set(saves[2].split())
+KILLS = [  # the model, how often it is killed, within how many seconds of its start, and its flags
+    ("vae", 2, 1, "--iter_max 100 --iter_save 20"),
+    pytest.param("vae", 50, 2, "--iter_max 600 --iter_save 24", marks=pytest.mark.long),
+    pytest.param("gmvae", 50, 2, "--iter_max 500 --iter_save 20", marks=pytest.mark.long),
+    pytest.param("ssvae", 50, 2, "--iter_max 160 --iter_save 10", marks=pytest.mark.long),
+    pytest.param("fsvae", 50, 2, "--iter_max 200 --iter_save 10", marks=pytest.mark.long),
+    pytest.param(
+        "vae",
+        5,
+        10,
+        "--iter_max 200 --iter_save 20 --compile 1",
+        marks=[pytest.mark.long, needs_compiler],
+    ),
+]
 
 
-@pytest.fixture
-def kill_and_finish(script, digits_dir, tmp_path):
-    """Kill a run so often, each time within so many seconds of its start, and finish it.
-
-    It is then as one that was never killed.
-    """
-
-    def run(model: str, kills: int, seconds: float, *flags) -> None:
-        whole = tmp_path / f"{model}-whole"
-        killed = tmp_path / f"{model}-killed"
-        whole.mkdir()
-        killed.mkdir()
-        lines(script(model, *flags, cwd=whole, plots=True))
-        chance = random.Random(model)
-        lock = killed / "logs" / NAMES[model] / ".lock"
-        for _ in range(kills):
-            process = start(model, killed, digits_dir, *flags)
-            wait_for(lock, process)
-            time.sleep(chance.uniform(0, seconds))
-            process.kill()
-            process.communicate()
-            for path in (killed / "checkpoints" / NAMES[model]).glob("*.pt"):
-                torch.load(path, weights_only=True)  # whatever is there is whole
-            lock.unlink(missing_ok=True)  # so that the next one is waited for
-        lines(script(model, *flags, cwd=killed, plots=True))
-        assert checkpoint_steps(whole, model) == checkpoint_steps(killed, model)
-        assert not differences(content(killed), content(whole))
-        assert not list(killed.rglob(".*.tmp"))
-
-    return run
-
-
-def test_killed_at_random_moments_a_run_resumes(kill_and_finish):
-    kill_and_finish("vae", 2, 1, "--iter_max", 100, "--iter_save", 20)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("model", NAMES)
-def test_killed_fifty_times_a_run_resumes(model, kill_and_finish):
-    steps = LENGTHS[model]
-    kill_and_finish(model, 50, 2, "--iter_max", steps, "--iter_save", max(10, steps // 25))
-
-
-@needs_compiler
-@pytest.mark.long
-@pytest.mark.parametrize("model", NAMES)
-def test_killed_at_random_moments_a_compiled_run_resumes(model, kill_and_finish):
-    kill_and_finish(model, 5, 10, "--iter_max", 200, "--iter_save", 20, "--compile", 1)
+@pytest.mark.parametrize("model, kills, seconds, flags", KILLS)
+def test_killed_at_random_moments_a_run_resumes(
+    model, kills, seconds, flags, script, digits_dir, tmp_path
+):
+    """It is then as one that was never killed."""
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    lines(script(model, *flags.split(), cwd=whole, plots=True))
+    chance = random.Random(model)
+    lock = killed / "logs" / NAMES[model] / ".lock"
+    for _ in range(kills):
+        process = start(model, killed, digits_dir, *flags.split())
+        wait_for(lock, process)
+        time.sleep(chance.uniform(0, seconds))
+        process.kill()
+        process.communicate()
+        for path in (killed / "checkpoints" / NAMES[model]).glob("*.pt"):
+            torch.load(path, weights_only=True)  # whatever is there is whole
+        lock.unlink(missing_ok=True)  # so that the next one is waited for
+    lines(script(model, *flags.split(), cwd=killed, plots=True))
+    assert stored(killed) == stored(whole)
+    assert not list(killed.rglob(".*.tmp"))
 
 
 def test_a_full_disk_leaves_checkpoints_as_they_were(few, script, tmp_path):
@@ -280,75 +201,52 @@ def test_a_full_disk_leaves_checkpoints_as_they_were(few, script, tmp_path):
     lines(script("vae", "--iter_max", 4))
 
 
-def test_a_folder_that_vanishes_is_a_clear_error(few, script, tmp_path, monkeypatch):
-    step = torch.optim.Adam.step
-
-    def vanishing(*args, **kwargs):
-        shutil.rmtree(tmp_path / "checkpoints")
-        (tmp_path / "checkpoints").write_text("a file where the folder was")
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", vanishing)
-    assert "checkpoints" in only_error(script("vae", "--iter_max", 1), 1)
-
-
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     """And nothing half-written beside it; nor does what cannot be removed hide the error."""
     path = tmp_path / "figures.json"
     files.write(path, b"old")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", failing(errno.ENOSPC))
+        patch.setattr(os, "fsync", raising(DISK_FULL))
         with pytest.raises(OSError, match="No space left"):
             files.write(path, b"new")
     assert tree(tmp_path) == {"figures.json": b"old"}
-    monkeypatch.setattr(os, "replace", failing(errno.ENOSPC))
-    monkeypatch.setattr(os, "unlink", failing(errno.EACCES))
+    monkeypatch.setattr(os, "replace", raising(DISK_FULL))
+    monkeypatch.setattr(os, "unlink", raising(PermissionError("no, not that either")))
     with pytest.raises(OSError, match="No space left"):
         files.write(path, b"new")
 
 
 def test_left_overs_of_a_kill_are_removed(few, script, tmp_path):
-    left_overs = []
     for folder in ["checkpoints", "logs"]:
         left_over = tmp_path / folder / NAME / ".half.123.tmp"
         left_over.parent.mkdir(parents=True)
         left_over.write_bytes(b"half a file")
-        left_overs.append(left_over)
     lines(script("vae", "--iter_max", 1))
-    assert not any(left_over.exists() for left_over in left_overs)
+    assert not list(tmp_path.rglob(".half*"))
 
 
 # ---------------------------------------------------------------------------------------------
 # Files that another program holds, as Windows has it
 
 
-def test_a_plot_that_is_held_loses_no_step(few, script, monkeypatch, tmp_path):
-    flags = ("--iter_max", 4, "--iter_save", 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "bounds", failing(errno.EACCES, "a plot"))
-        assert "Permission denied: a plot" in only_error(script("vae", *flags), 1)
-    assert "resuming from step 2" in lines(script("vae", *flags))
-    assert [row["step"] for row in table(tmp_path, NAME, "test.csv")] == ["2", "4"]
-
-
-def test_a_table_held_between_saves_is_warned_of(few, script, monkeypatch, tmp_path):
+def test_a_held_table_loses_no_step(few, script, renames, monkeypatch, tmp_path):
+    """Between saves it is warned of, and at a save it is an error."""
     monkeypatch.setattr(train, "WRITE_EVERY", 0)
-    replace = os.replace
-    tables = []
-
-    def held(source, target, **kwargs):
-        if Path(target).name == "metrics.csv":
-            tables.append(target)
-            if 2 <= len(tables) <= 5:  # the first is that of the start
-                failing(errno.EACCES, str(target))()
-        replace(source, target, **kwargs)
-
-    monkeypatch.setattr(os, "replace", held)
-    printed = lines(script("vae", "--iter_max", 8))
+    held = PermissionError(errno.EACCES, "Permission denied", "metrics.csv")
+    flags = ["--iter_max", 4, "--iter_save", 3]
+    renames(4, held)  # after config.json, and the table and state of the start
+    printed = lines(script("vae", *flags))
     (warning,) = [line for line in printed if line.startswith("warning: metrics.csv")]
     assert "Permission denied" in warning
-    assert results(tmp_path)["step"] == 8
-    assert table(tmp_path, NAME)[-1]["step"] == "8"
+    names = renames()
+    lines(script("vae", *flags, "--overwrite", 1))
+    at_the_save = names.index("test.csv")
+    assert names[at_the_save - 1] == "metrics.csv"
+    renames(at_the_save, held)
+    assert "metrics.csv" in only_error(script("vae", *flags, "--overwrite", 1), 1)
+    renames()
+    assert "resuming from step 3" in lines(script("vae", *flags))
+    assert table(tmp_path, NAME)[-1]["step"] == "4"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -358,37 +256,12 @@ ENDINGS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
 @pytest.mark.parametrize("number, code", ENDINGS)
-def test_a_signal_saves_the_state(number, code, tmp_path, digits_dir):
+def test_a_signal_saves_the_state(number, code, few, script, monkeypatch, tmp_path):
     """And the run says how to resume it."""
-    process = start("vae", tmp_path, digits_dir, "--iter_max", 100_000, "--iter_save", 50)
-    wait_for(state_file(tmp_path), process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "state saved; the same command resumes from there" in errors.splitlines()[-1]
-    stopped = int(errors.split("stopped at step ")[1].split(",")[0])
-    assert state(tmp_path)["step"] == stopped
-
-
-@pytest.mark.long
-def test_a_terminal_that_closes_saves_the_state(tmp_path, digits_dir):
-    """What is written to it then fails, and hides nothing."""
-    words = command("vae", "--data", "digits", "--data_dir", digits_dir, "--iter_max", 1_000_000)
-    child, terminal = pty.fork()
-    if child == 0:
-        os.chdir(tmp_path)
-        os.execv(words[0], words)
-    try:
-        while not state_file(tmp_path).exists() and os.waitpid(child, os.WNOHANG) == (0, 0):
-            time.sleep(0.05)
-        time.sleep(0.5)  # some steps
-        os.close(terminal)
-        _, status = os.waitpid(child, 0)
-    except BaseException:
-        os.kill(child, signal.SIGKILL)
-        raise
-    assert os.waitstatus_to_exitcode(status) == 129
-    assert state(tmp_path)["step"] > 0
+    signal_at(monkeypatch, 3, number)
+    line = only_error(script("vae", "--iter_max", 6), code)
+    assert line.endswith("stopped at step 3, state saved; the same command resumes from there")
+    assert state(tmp_path)["step"] == 3
 
 
 def test_under_nohup_a_hang_up_stays_ignored(few, script, monkeypatch, tmp_path):
@@ -417,13 +290,12 @@ def test_main_may_be_called_from_anywhere(few, tmp_path, monkeypatch, digits_dir
     assert checkpoint_steps(tmp_path, "vae") == [2, 3]
 
 
-@pytest.mark.parametrize("flag", ["--overwrite 1", "--overwrite=1"])
-def test_a_stopped_overwrite_names_what_resumes(flag, few, script, monkeypatch, tmp_path):
+def test_a_stopped_overwrite_names_what_resumes(few, script, monkeypatch, tmp_path):
     """The same command would start over."""
     lines(script("vae", "--iter_max", 4))
     with monkeypatch.context() as patch:
         signal_at(patch, 3, signal.SIGINT)
-        flags = ["--iter_max", 6, *flag.split(), "--iter_save", 5]
+        flags = ["--iter_max", 6, "--overwrite=1", "--iter_save", 5]
         line = only_error(script("vae", *flags), 130)
     assert "stopped at step 3, state saved; to resume: python run_vae.py " in line
     assert "--overwrite" not in line
@@ -457,9 +329,8 @@ LATE = {  # what is called late in a training of three steps, and which call of 
 }
 
 
-@pytest.mark.parametrize("number, code", ENDINGS[:2])
 @pytest.mark.parametrize("moment", LATE)
-def test_a_late_signal_ends_a_series(moment, number, code, few, script, tmp_path, monkeypatch):
+def test_a_late_signal_ends_a_series(moment, few, script, tmp_path, monkeypatch):
     """It is not swallowed."""
     owner, name, count = LATE[moment]
     called = getattr(owner, name)
@@ -468,20 +339,22 @@ def test_a_late_signal_ends_a_series(moment, number, code, few, script, tmp_path
     def interrupted(*args, **kwargs):
         calls.append(name)
         if len(calls) == count:
-            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGINT)
         return called(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, interrupted)
-    line = only_error(script("vae", "--iter_max", 3, "--runs", 2), code)
+    line = only_error(script("vae", "--iter_max", 3, "--runs", 2), 130)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [NAME]
     assert state(tmp_path)["step"] == 3
     assert checkpoint_steps(tmp_path, "vae") == [3]
     assert line.count("stopped at step 3") == (moment != "evaluation")
 
 
-MODULES = ["argparse", "dataclasses", "codebase.runtime.options", "codebase.runtime.launch"]
-STARTS = [(["-S"], module, signal.SIGINT) for module in MODULES]
-STARTS += [([], "torch", signal.SIGINT), ([], "torch", signal.SIGTERM)]
+STARTS = [
+    (["-S"], "argparse", signal.SIGINT),
+    (["-S"], "codebase.runtime.launch", signal.SIGINT),
+    ([], "torch", signal.SIGTERM),
+]
 
 
 @pytest.mark.parametrize("python_flags, module, number", STARTS)
@@ -495,130 +368,19 @@ def test_a_signal_while_a_script_loads(python_flags, module, number, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------
-# Streams that are closed, replaced or narrow; threads that wait
+# Streams that are closed or broken
 
 
-class Tee:
-    """What notebooks and scripts put in the place of a stream, to keep what is printed."""
-
-    def __init__(self):
-        self.text = ""
-
-    def write(self, text):
-        self.text += text
-
-    def flush(self):
-        pass
-
-
-def closed() -> io.StringIO:
-    stream = io.StringIO()
-    stream.close()
-    return stream
-
-
-@pytest.mark.parametrize("make", [lambda: None, closed, Tee], ids=["none", "closed", "plain"])
 @pytest.mark.parametrize("flags, code", [(["--iter_max", 2], 0), (["--z", 0], 2)])
-def test_any_object_may_stand_for_a_stream(make, flags, code, few, script, monkeypatch, tmp_path):
-    out = make()
-    err = make()
-    monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stderr", err)
-    assert script("vae", *flags).returncode == code
-    assert (sys.stdout, sys.stderr) == (out, err)
+def test_closed_streams_end_no_run(flags, code, few, script, monkeypatch, tmp_path):
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed):
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert script("vae", *flags).returncode == code
+        assert (sys.stdout, sys.stderr) == (stream, stream)
     assert checkpoint_steps(tmp_path, "vae") == ([2] if code == 0 else [])
-    if isinstance(out, Tee):
-        assert ("NELBO: " in out.text) == (code == 0)
-        assert ("--z" in err.text) == (code == 2)
-
-
-@pytest.mark.long
-def test_no_file_is_opened_in_a_streams_place(tmp_path, digits_dir):
-    words = command("vae", "--data", "digits", "--data_dir", digits_dir, "--iter_max", 2)
-    line = f"{shlex.join(words)} 1>&- 2>&-"
-    result = subprocess.run(["sh", "-c", line], cwd=tmp_path, timeout=120)
-    assert result.returncode == 0
-    assert checkpoint_steps(tmp_path, "vae") == [2]
-
-
-def test_failing_progress_opens_and_breaks_nothing(tmp_path):
-    """Into a broken pipe, and into a stream that was closed."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "w", buffering=1) as broken:
-        for stream in (log.UnbreakableStream(broken), log.UnbreakableStream(closed())):
-            before = len(os.listdir("/proc/self/fd"))
-            for _ in range(20):
-                stream.write("step 1 of 2\n")
-                stream.flush()
-            assert len(os.listdir("/proc/self/fd")) == before
-
-
-@pytest.mark.long
-def test_a_broken_pipe_of_progress_ends_no_training(tmp_path, digits_dir):
-    """Its exit code is 0 all the same, so that a shell goes on with the next command."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    words = command("vae", "--data", "digits", "--data_dir", digits_dir, "--iter_max", 6000)
-    words += ["--batch_size", "1"]
-    process = subprocess.run(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=writer)
-    os.close(writer)
-    assert process.returncode == 0
-    assert b"NELBO: " in process.stdout
-    assert state(tmp_path)["step"] == 6000
-
-
-@pytest.mark.long
-def test_first_lines_stand_first_in_a_log(tmp_path, digits_dir):
-    """Where both streams go to one file, as under nohup."""
-    words = command("vae", "--data", "digits", "--data_dir", digits_dir)
-    words += ["--iter_max", "2500", "--batch_size", "20"]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    with (tmp_path / "log").open("w") as file:
-        subprocess.run(words, cwd=tmp_path, env=environment, stdout=file, stderr=file)
-    assert (tmp_path / "log").read_text().startswith("model=vae")
-
-
-def test_an_unprintable_file_name_is_escaped(few, main, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    pixels = np.zeros((200, 784), np.uint8)
-    np.savez("числа.npz", x=pixels)
-    said = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, "ascii"))
-    assert main("vae", "--iter_max", 2, "--data", "числа.npz").returncode == 0
-    sys.stdout.flush()
-    assert b"\\u0447" in said.getvalue()
-    assert Path("checkpoints", "model=vae_z=10_data=числа_run=0000", "model-00002.pt").exists()
-    refused = io.BytesIO()
-    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(refused, "ascii"))
-    assert main("vae", "--iter_max", 2, "--data", "нет.npz").returncode == 2
-    sys.stderr.flush()
-    assert b"there is no file" in refused.getvalue()
-
-
-OWN_SETTINGS = {
-    "nothing": {},
-    "another count": {"GOMP_SPINCOUNT": "77"},
-    "a policy": {"OMP_WAIT_POLICY": "active"},
-}
-
-
-@pytest.mark.parametrize("own", OWN_SETTINGS)
-def test_waiting_threads_spin_briefly_unless_told_otherwise(own, monkeypatch, tmp_path):
-    """What is in the environment when torch is loaded."""
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in OWN_SETTINGS[own].items():
-        monkeypatch.setenv(name, value)
-    words = [sys.executable, str(FAULTY_START), "torch", "0", "--data", "digits"]
-    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    word, count = result.stdout.split()
-    assert word == "count"
-    if own == "nothing":
-        assert count.isdecimal()
-    else:
-        assert count == OWN_SETTINGS[own].get("GOMP_SPINCOUNT", "None")
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -638,83 +400,18 @@ def test_a_second_process_on_a_run_is_refused(tmp_path, digits_dir, script):
     lines(script("vae", "--iter_max", 2, "--overwrite", 1))
 
 
-@pytest.mark.long
-def test_four_runs_at_once_give_their_own_metrics(tmp_path, digits_dir, script):
-    """In one folder, a thread each: neighbours on the machine change nothing but the time."""
-    together = tmp_path / "together"
-    apart = tmp_path / "apart"
-    together.mkdir()
-    apart.mkdir()
-    flags = ["--iter_max", 20, "--run"]
-    started = [start("vae", together, digits_dir, *flags, run) for run in range(4)]
-    at_once = [process.communicate()[0].splitlines()[-1] for process in started]
-    one_by_one = [lines(script("vae", *flags, run, cwd=apart))[-1] for run in range(4)]
-    assert at_once == one_by_one
-    assert len(set(at_once)) == 4
-
-
-def no_lock(*_, **__):
-    raise NotImplementedError("no flock here")
-
-
-def busy(*_, **__):
-    raise filelock.Timeout("a lock")
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-@pytest.mark.parametrize("acquire", [None, no_lock, busy], ids=["as it is", "none", "busy"])
-def test_without_locks_a_run_warns_and_continues(
-    acquire, number, few, script, monkeypatch, tmp_path
-):
-    """Whatever the file system answers, and filelock makes of it; a left-over blocks nobody."""
+def test_without_locks_a_run_warns_and_continues(few, script, monkeypatch, tmp_path):
+    """A left-over blocks nobody."""
     left_over = tmp_path / "logs" / NAME / ".lock"
     left_over.parent.mkdir(parents=True)
     left_over.touch()
-    lines(script("vae", "--iter_max", 1))
-    monkeypatch.setattr(fcntl, "flock", failing(number))
-    if acquire:
-        monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+
+    no_locks = OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr(fcntl, "flock", raising(no_locks))
     printed = lines(script("vae", "--iter_max", 2))
     (warning,) = [line for line in printed if "cannot be locked here" in line]
     assert warning.startswith(f"warning: {Path('logs', NAME, '.lock')}")
-    assert checkpoint_steps(tmp_path, "vae") == [1, 2]
-
-
-def test_a_lock_file_that_is_denied_is_named(script, monkeypatch, tmp_path):
-    (tmp_path / "logs" / NAME).mkdir(parents=True)
-    (tmp_path / "logs" / NAME / ".lock").touch()
-    real = os.open
-
-    def denied(path, *args, **kwargs):
-        if str(path).endswith(".lock"):
-            failing(errno.EACCES, path)()
-        return real(path, *args, **kwargs)
-
-    monkeypatch.setattr(os, "open", denied)
-    line = only_error(script("vae", "--iter_max", 2))
-    assert str(Path("logs", NAME, ".lock")) in line
-    assert "Permission denied" in line
-    assert "delete that file" in line
-    assert not (tmp_path / "checkpoints").exists()
-
-
-def test_a_failing_clean_up_hides_no_error(script, monkeypatch, tmp_path):
-    """Windows deletes no file that is open."""
-    unlink = os.unlink
-
-    def held(path, *args, **kwargs):
-        if Path(path).name == ".lock":
-            raise PermissionError(errno.EACCES, "the process cannot access the file", str(path))
-        unlink(path, *args, **kwargs)
-
-    broken = state_file(tmp_path)
-    broken.parent.mkdir(parents=True)
-    broken.write_bytes(b"nothing that can be read")
-    monkeypatch.setattr(os, "unlink", held)
-    monkeypatch.setattr(os, "remove", held)
-    line = only_error(script("vae", "--iter_max", 2))
-    assert "state.pt" in line
-    assert "cannot access" not in line
+    assert checkpoint_steps(tmp_path, "vae") == [2]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -725,23 +422,23 @@ def test_a_loss_that_is_not_finite_stops_training(few, script, tmp_path, monkeyp
     """The last good checkpoint is kept."""
     monkeypatch.setattr(train, "LOG_EVERY", 2)
     lines(script("vae", "--iter_max", 2))
-    before = content(tmp_path / "checkpoints")
+    before = stored(tmp_path / "checkpoints")
     binarize = data.binarize
     monkeypatch.setattr(data, "binarize", lambda pixels: binarize(pixels) * float("nan"))
     line = only_error(script("vae", "--iter_max", 6), 1)
     assert "rec not finite at step 4" in line
-    assert not differences(content(tmp_path / "checkpoints"), before)
+    assert stored(tmp_path / "checkpoints") == before
 
 
 def test_a_broken_test_metric_stops_training(few, script, tmp_path, monkeypatch):
     lines(script("vae", "--iter_max", 2))
-    before = content(tmp_path / "checkpoints")
+    before = stored(tmp_path / "checkpoints")
     found = {"nelbo": float("inf"), "kl": 1.0, "rec": float("nan")}
     monkeypatch.setattr(evaluate, "bounds", lambda *_, **__: found)
     line = only_error(script("vae", "--iter_max", 4), 1)
     wanted = "nelbo and rec of test images not finite at step 4: "
     assert line.endswith(f"{wanted}training stopped, the last checkpoint is kept")
-    assert not differences(content(tmp_path / "checkpoints"), before)
+    assert stored(tmp_path / "checkpoints") == before
 
 
 def test_metrics_that_are_not_finite_are_an_error(few, script, tmp_path, monkeypatch):
@@ -758,22 +455,6 @@ def test_metrics_that_are_not_finite_are_an_error(few, script, tmp_path, monkeyp
     assert "nelbo" in line
     assert "not finite" in line
     assert "NELBO" not in result.stdout
-    assert tree(tmp_path) == before
-
-
-def test_metrics_stored_as_nan_are_replaced(few, script, tmp_path):
-    """Earlier revisions stored them, in files that are no JSON; none are written any more."""
-    lines(script("vae", "--iter_max", 2))
-    path = tmp_path / "logs" / NAME / "results.json"
-    stored = results(tmp_path)
-    stored["figures"]["niwae_7"] = float("nan")
-    path.write_text(json.dumps(stored))
-    lines(script("vae", "--iter_max", 2, "--train", 0, "--iw", 1))
-    assert "NaN" not in path.read_text()
-    assert "niwae_1" in path.read_text()
-    before = tree(tmp_path)
-    with pytest.raises(ValueError, match="JSON"):
-        files.write_json(path, stored)
     assert tree(tmp_path) == before
 
 
@@ -799,29 +480,23 @@ def spoil(change):
     """A harm to a checkpoint: change(its dictionary) is stored in its place."""
 
     def harm(path: Path) -> None:
-        stored = torch.load(path, weights_only=True)
-        torch.save(change(stored), path)
+        found = torch.load(path, weights_only=True)
+        torch.save(change(found), path)
 
     return harm
 
 
 def with_bias(value):
     """The harm that this stands in the place of the first bias."""
-    return spoil(lambda stored: {**stored, "enc.net.0.bias": value})
+    return spoil(lambda found: {**found, "enc.net.0.bias": value})
 
 
-def without(stored: dict, key: str) -> dict:
-    return {name: value for name, value in stored.items() if name != key}
+def without(found: dict, key: str) -> dict:
+    return {name: value for name, value in found.items() if name != key}
 
 
-def cut(part: float):
-    """The harm that only this part of the file is there."""
-
-    def harm(path: Path) -> None:
-        whole = path.read_bytes()
-        path.write_bytes(whole[: int(part * len(whole))])
-
-    return harm
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
 
 
 def flip(path: Path) -> None:
@@ -830,24 +505,15 @@ def flip(path: Path) -> None:
     path.write_bytes(whole)
 
 
-def pickle_code(path: Path) -> None:
-    path.write_bytes(pickle.dumps(Malicious(), 2))
-
-
 HARMS = {
-    "code in a pickle": (pickle_code, "code in it is not run"),
     "code in a zip": (with_bias(Malicious()), "code in it is not run"),
-    "truncated": (cut(0.999), "truncated"),
-    "cut to a third": (cut(0.333), "truncated"),
-    "empty": (cut(0), "truncated"),
-    "text": (lambda path: path.write_text("hello"), "no checkpoint"),
+    "truncated": (cut, "truncated"),
+    "empty": (lambda path: path.write_bytes(b""), "truncated"),
     "a flipped byte": (flip, "damaged"),
-    "a list": (spoil(lambda stored: list(stored.values())), "no dictionary"),
-    "another model": (spoil(lambda stored: {"w": torch.ones(2)}), "of another model"),
-    "a missing key": (spoil(lambda stored: without(stored, "dec.net.2.bias")), "dec.net.2.bias"),
-    "a surplus key": (spoil(lambda stored: {**stored, "extra": torch.ones(1)}), "has extra"),
+    "another model": (spoil(lambda found: {"w": torch.ones(2)}), "of another model"),
+    "a missing key": (spoil(lambda found: without(found, "dec.net.2.bias")), "dec.net.2.bias"),
+    "a surplus key": (spoil(lambda found: {**found, "extra": torch.ones(1)}), "has extra"),
     "another shape": (with_bias(torch.ones(299)), "shape (300,), and is of (299,)"),
-    "no tensor": (with_bias(3), "enc.net.0.bias"),
     "a NaN": (with_bias(torch.full((300,), float("nan"))), "not finite"),
 }
 
@@ -874,11 +540,9 @@ STATES = {
     "code": ({"settings": Malicious()}, "code in it is not run"),
     "another model": ({"model": {"w": torch.ones(2)}}, "of another model"),
     "no settings": ({"settings": None}, "settings"),
-    "no optimizer": ({"optimizer": None}, "optimizer"),
     "no metrics": ({"metrics": None}, "metrics"),
     "no such flag": ({"settings": {"model": "vae", "batch_size": 100}}, "revision"),
     "an older format": ({"format": checkpoint.FORMAT - 1}, "revision"),
-    "a newer format": ({"format": checkpoint.FORMAT + 1}, "revision"),
 }
 
 
@@ -908,8 +572,8 @@ def test_beside_a_state_of_another_revision_weights_load(few, tmp_path, script):
         for word in ("state.pt", "revision", "--train 0", "--overwrite 1"):
             assert word in line
         assert tree(tmp_path) == before
-    stored = tree(tmp_path / "checkpoints")
+    kept = tree(tmp_path / "checkpoints")
     assert trained[-1] in lines(script("vae", "--iter_max", 2, "--train", 0, "--iw", 1))
-    assert tree(tmp_path / "checkpoints") == stored
+    assert tree(tmp_path / "checkpoints") == kept
     lines(script("vae", "--iter_max", 4, "--overwrite", 1))
     assert checkpoint_steps(tmp_path, "vae") == [4]

@@ -179,6 +179,7 @@ def test_lines_stay_whole_and_a_dead_process_takes_none_down(monkeypatch, capfd)
     assert "OMP_NUM_THREADS" not in os.environ
     out, errors = capfd.readouterr()
     died = "run 1: error: its process died, exit code -9; checkpoints are intact"
+    died += "; if memory was short, use a smaller --jobs"
     lines = out.splitlines() + errors.splitlines()
     wanted = [f"run {run}: line {number}" for run in range(3) for number in range(200)]
     assert sorted(lines) == sorted([died, *wanted])

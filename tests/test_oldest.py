@@ -10,7 +10,7 @@ from conftest import ROOT
 
 FILES = ["requirements.txt", "tests/requirements.txt"]
 NOT_NEEDED = ["ruff", "import-linter"]  # tools that no test uses
-FAST = ["math", "models", "data", "evaluate", "plots", "course", "resume", "schedule"]
+FAST = ["math", "models", "data", "evaluate", "plots", "course", "resume"]
 
 
 def oldest_versions() -> list[str]:

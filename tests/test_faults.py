@@ -41,7 +41,7 @@ import run_vae
 from codebase import checkpoint, data, evaluate, train
 from codebase.models import nns
 from codebase.models.vae import VAE
-from codebase.runtime import files, log
+from codebase.runtime import files, launch, log
 
 fcntl = pytest.importorskip("fcntl", reason="no POSIX locks on this machine")
 
@@ -381,6 +381,51 @@ def test_closed_streams_end_no_run(flags, code, few, script, monkeypatch, tmp_pa
         assert script("vae", *flags).returncode == code
         assert (sys.stdout, sys.stderr) == (stream, stream)
     assert checkpoint_steps(tmp_path, "vae") == ([2] if code == 0 else [])
+
+
+class BrokenTerminal(io.StringIO):
+    """A terminal that was closed: nothing can be written to it."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_a_broken_terminal_ends_no_training(few, script, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stderr", BrokenTerminal())
+    assert script("vae", "--iter_max", 2).returncode == 0
+    assert checkpoint_steps(tmp_path, "vae") == [2]
+
+
+# ---------------------------------------------------------------------------------------------
+# The settings of the process
+
+
+@pytest.mark.parametrize(
+    "variable, own, count",
+    [
+        ("GOMP_SPINCOUNT", None, launch.SPIN_COUNT),
+        ("GOMP_SPINCOUNT", "77", "77"),
+        ("OMP_WAIT_POLICY", "passive", None),
+    ],
+)
+def test_threads_spin_shortly_unless_told_otherwise(variable, own, count, few, script, monkeypatch):
+    for name in ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"]:
+        monkeypatch.setenv(name, "to be put back")
+        monkeypatch.delenv(name)
+    if own is not None:
+        monkeypatch.setenv(variable, own)
+    lines(script("vae", "--iter_max", 1))
+    assert os.environ.get("GOMP_SPINCOUNT") == count
+
+
+def test_denormal_numbers_are_zero_only_inside_runs():
+    tiny = torch.tensor(1e-30)
+    with launch.own_torch_settings("cpu"):
+        assert tiny * 1e-10 == 0
+    assert tiny * 1e-10 > 0
 
 
 # ---------------------------------------------------------------------------------------------

@@ -274,9 +274,10 @@ def tensors_in(content) -> list[torch.Tensor]:
 def test_nothing_random_is_in_the_state(few, script, tmp_path):
     lines(script("vae", "--iter_max", 3))
     stored = state(tmp_path)
-    keys = {"format", "step", "settings", "compiled", "processes", "model", "optimizer", "metrics"}
+    keys = {"format", "step", "settings", "compiled", "processes", "device", "threads"}
+    keys |= {"model", "optimizer", "metrics"}
     assert stored.keys() == keys
-    assert keys == {"format", *checkpoint.STATE_KEYS}
+    assert keys == {"format", "device", "threads", *checkpoint.STATE_KEYS}
     assert stored["metrics"].keys() == {"names", "rows", "steps", "sums", "tests", "seconds"}
     # Torch gives the states of its generators as bytes.
     assert {tensor.dtype for tensor in tensors_in(stored)} == {torch.float32}
@@ -313,3 +314,12 @@ def test_evaluation_keeps_the_callers_random_numbers():
         found.append(evaluate.bounds(model, torch.zeros(130, 784), ms=[1, 10]))
         assert torch.equal(torch.get_rng_state(), before)
     assert found[0] == found[1]
+
+
+def test_other_threads_are_said(few, script, monkeypatch):
+    """Sums of other threads round otherwise."""
+    lines(script("vae", "--iter_max", 2))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    resumed = lines(script("vae", "--iter_max", 3))
+    assert "the steps before were of 1 threads: the bits will differ" in resumed
+    assert not any("the bits will differ" in line for line in lines(script("vae", "--iter_max", 4)))

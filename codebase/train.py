@@ -230,7 +230,7 @@ def choose_step(
                 step = recorded_step(model, optimizer, step, example)
                 print("steps: recorded as a CUDA graph, with the bits of plain ones")
             else:
-                depends = "20 s on idle cores, several times that on busy ones, 3 s if it is stored"
+                depends = "15 s on idle cores, several times that on busy ones, 3 s if it is stored"
                 print(f"compiling the step: about {depends}", flush=True)
                 began = time.monotonic()
                 step = compiled_step(model, optimizer, batch, example)
@@ -260,7 +260,7 @@ def say_what_differs(run: Run, processes: Processes, state: dict[str, Any]) -> N
     if state["processes"] != processes.size:
         differences.append(f"of {state['processes']} processes")
     threads = torch.get_num_threads()
-    if state.get("device", run.device) != run.device:  # older states do not know it
+    if state.get("device", run.device) != run.device:  # states of the revision before lack it
         differences.append(f"on {state['device']}")
     elif run.device == "cpu" and state.get("threads", threads) != threads:
         differences.append(f"of {state['threads']} threads")

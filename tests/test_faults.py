@@ -473,6 +473,28 @@ def test_a_loss_that_is_not_finite_stops_training(few, script, tmp_path, monkeyp
     line = only_error(script("vae", "--iter_max", 6), 1)
     assert "rec not finite at step 4" in line
     assert stored(tmp_path / "checkpoints") == before
+    assert "nan" not in (tmp_path / "logs" / NAME / "metrics.csv").read_text()
+
+
+def test_weights_that_are_not_finite_are_not_stored(few, script, tmp_path, monkeypatch):
+    lines(script("vae", "--iter_max", 2))
+    before = stored(tmp_path / "checkpoints")
+
+    def diverging_step(model, *args):
+        plain = plain_step(model, *args)
+
+        def step(index):
+            terms = plain(index)
+            model.dec.net[4].bias.data.fill_(float("inf"))
+            return terms
+
+        return step
+
+    plain_step = train.plain_step
+    monkeypatch.setattr(train, "plain_step", diverging_step)
+    line = only_error(script("vae", "--iter_max", 3), 1)
+    assert "weights not finite at step 3" in line
+    assert stored(tmp_path / "checkpoints") == before
 
 
 def test_a_broken_test_metric_stops_training(few, script, tmp_path, monkeypatch):

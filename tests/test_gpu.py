@@ -44,6 +44,20 @@ def test_parts_on_cuda_are_one_piece(model, compiled, script, tmp_path):
     assert table(tmp_path / "whole", NAMES[model]) == table(tmp_path / "parts", NAMES[model])
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("model", NAMES)
+def test_the_recorded_step_has_the_plain_ones_bits(model, schedule, script, tmp_path):
+    trained = {}
+    for compiled in [0, 1]:
+        folder = tmp_path / str(compiled)
+        folder.mkdir()
+        flags = ["--compile", compiled, "--schedule", schedule, "--iter_max", 30]
+        lines(script(model, *flags, cwd=folder))
+        (path,) = folder.glob("checkpoints/*/model-00030.pt")
+        trained[compiled] = torch.load(path, weights_only=True)
+    assert same(trained[0], trained[1])
+
+
 @pytest.mark.parametrize("model", SHIPPED)
 def test_bounds_on_cuda_agree_with_the_cpus(model, monkeypatch):
     """Of the weights that come with the code, and on the same noise."""

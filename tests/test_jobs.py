@@ -215,3 +215,10 @@ def test_a_stopped_overwrite_names_what_is_left():
     runs = [run_vae.parse(shlex.split(command)[2:]) for command in [*rest, same]]
     found = [(run.run, run.runs, run.seed, run.overwrite, run.jobs) for run in runs]
     assert found == [(4, 1, 9, 1, 2), (7, 2, 12, 1, 2), (3, 6, 8, 0, 2)]
+
+
+def test_a_users_own_threads_win_over_the_share(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with jobs.share_of_threads(2):
+        assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert os.environ["OMP_NUM_THREADS"] == "3"

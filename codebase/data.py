@@ -40,6 +40,10 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def to(self, device: str) -> "Images":
+        """The same images on another device."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
     def first(self, count: int) -> "Images":
         """The first images, as many as that or all."""
         return Images(self.pixels[:count], self.labels[:count])
@@ -152,7 +156,7 @@ def load(run: Run, split: str) -> Images:
         images = mnist(run.data_dir, split, run.check_data)
     else:
         images = course(split)
-    return Images(images.pixels.to(run.device), images.labels.to(run.device))
+    return images.to(run.device)
 
 
 def has_test_set(run: Run) -> bool:

@@ -442,7 +442,8 @@ def train(
         save(start)
         for step in range(start, run.iter_max):
             processes.seed_step(run.seed, step)
-            set_rate(optimizer, rate_of_step(run, step))
+            if run.schedule == "cosine":
+                set_rate(optimizer, cosine_rate(run, step))
             terms = training_step(next(batches))
             metrics.add(terms)
             bar.update()
@@ -472,13 +473,11 @@ def make_optimizer(model: nn.Module, run: Run) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=run.lr, fused=run.device == "cpu")
 
 
-def rate_of_step(run: Run, step: int) -> float:
-    """The learning rate of a step, from 0 on: constant, or along half a cosine to 0 at --iter_max.
+def cosine_rate(run: Run, step: int) -> float:
+    """The learning rate of a step, from 0 on: from --lr along half a cosine to 0 at --iter_max.
 
     Source: Loshchilov & Hutter 2017, equation 5, without restarts.
     """
-    if run.schedule == "constant":
-        return run.lr
     return run.lr * (1 + math.cos(math.pi * step / run.iter_max)) / 2
 
 

@@ -83,6 +83,12 @@ for gw in [0, 1]:
 FSVAE_FLAGS = "--split train --check_data 0 --iter_max 50000 --iter_save 2000"
 FSVAE = Series("fsvae_split=train", FSVAE_FLAGS, 50_000, seeds=2)
 
+
+def passes(step: int) -> int:
+    """How often training has gone through MNIST's 60,000 images, 100 a step."""
+    return step * 100 // 60_000
+
+
 LITERATURE = {("VAE", 10, "constant", 20_000, 1): VAE}  # by model, z, schedule, steps, k
 for model, z, schedule, step, k, seeds in [
     ("VAE", 10, "constant", 120_000, 1, 1),
@@ -108,7 +114,7 @@ for model, z, schedule, step, k, seeds in [
         stem += "_schedule=cosine"
         flags += " --schedule cosine"
     # Names do not tell the number of steps: these runs are numbered by their passes over MNIST.
-    first = step // 600 * 10
+    first = 10 * passes(step)
     LITERATURE[model, z, schedule, step, k] = Series(stem, flags, step, seeds, first)
 
 
@@ -330,8 +336,8 @@ def literature(known: dict) -> list[str]:
             timed = times_of_one_device(runs, devices[0])
             cells = [column.mean(timed) for column in columns]
             seeds = count(len(runs), len(series.seeds_of("deep")))
-            passes = step * 100 // 60_000
-            lines.append(row(model, z, schedule, passes, k, *cells, seeds, ", ".join(devices)))
+            settings = [model, z, schedule, passes(step), k]
+            lines.append(row(*settings, *cells, seeds, ", ".join(devices)))
     for model, k in [("VAE", 1), ("IWAE", 5), ("IWAE", 50)]:
         cells = [f"Burda et al. 2016, {model}", 50, "falling", 3280, k, "", BURDA[model, k]]
         lines.append(row(*cells, *[""] * 5))

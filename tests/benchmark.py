@@ -160,7 +160,8 @@ def our_steps(kind, images, labelled, batch_size=100, compiled=False, device="cp
     compiled: whether the step is compiled, or on CUDA recorded.
     """
     run = importlib.import_module(f"run_{kind}").parse([]).changed(device=device)
-    images, labelled = on_device(images, device), on_device(labelled, device)
+    images = images.to(device)
+    labelled = labelled.to(device)
     model = MODELS[kind](**options).to(device)
     optimizer = train.make_optimizer(model, run)
     processes = Processes(device)
@@ -184,10 +185,6 @@ def our_steps(kind, images, labelled, batch_size=100, compiled=False, device="cp
         processes.seed_step(0, number)
         metrics.add(step(index))
         yield
-
-
-def on_device(images, device):
-    return data.Images(images.pixels.to(device), images.labels.to(device))
 
 
 def product_steps(kind):

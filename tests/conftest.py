@@ -23,7 +23,6 @@ if "PYTEST_XDIST_WORKER" not in os.environ and "--gpu" not in sys.argv:
 import pytest
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 MNIST = Path(os.environ.get("MNIST_DIR", ROOT.parent / "shared" / "data"))
@@ -283,19 +282,3 @@ def checkpoint_steps(folder: Path, model: str) -> list[int]:
     """The steps at which the default run of a model stored its weights, ascending."""
     paths = (folder / "checkpoints" / NAMES[model]).glob("model-*.pt")
     return sorted(int(path.stem.removeprefix("model-")) for path in paths)
-
-
-class Largest(TorchDispatchMode):
-    """Inside, remember the size of the largest tensor that is made."""
-
-    elements = 0
-    bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for made in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(made, torch.Tensor):
-                storage = made.untyped_storage().nbytes()  # less than its elements' where expanded
-                self.elements = max(self.elements, made.numel())
-                self.bytes = max(self.bytes, storage)
-        return out

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributions as td
-from conftest import MNIST, REFERENCE, Largest, needs_mnist, needs_reference
+from conftest import MNIST, REFERENCE, needs_mnist, needs_reference
+from torch.utils._python_dispatch import TorchDispatchMode
 from untrained import ALL, BINARY, binary, made, noise, prior, spread_out
 
 from codebase import checkpoint, data, evaluate, utils
@@ -196,6 +197,24 @@ def test_printed_lines_are_those_looked_for(capsys):
     assert accuracy == "Test set classification accuracy: 0.9429 (a remark)"
     assert head.split() == ["true", *"0123456789", "accuracy"]
     assert [row.split() for row in rows][2] == [*"20030000100", "0.7500"]
+
+
+class Largest(TorchDispatchMode):
+    """Inside, remember the size of the largest tensor that is made."""
+
+    elements = 0
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                storage = (
+                    tensor.untyped_storage().nbytes()
+                )  # less than its elements' where expanded
+                self.elements = max(self.elements, tensor.numel())
+                self.bytes = max(self.bytes, storage)
+        return out
 
 
 def test_memory_grows_with_neither_images_nor_k():

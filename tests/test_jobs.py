@@ -171,8 +171,7 @@ def test_lines_stay_whole_and_a_dead_process_takes_none_down(monkeypatch, capfd)
     """The cores are divided among the runs, but in the environment of this process."""
     monkeypatch.setattr(jobs, "core_count", lambda: 5)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    first = run_vae.parse(["--runs", "3"])
-    runs = [first.numbered(number) for number in range(3)]
+    runs = run_vae.parse(["--runs", "3"]).of_series()
     results, number = jobs.side_by_side(runs, 2, odd_runs.print_much)
     done = (0, {"threads": 2.0})
     assert (results, number) == ({0: done, 1: (1, {}), 2: done}, 0)

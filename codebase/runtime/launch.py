@@ -90,8 +90,7 @@ def one_after_another(first: Run, one_run: Callable, processes) -> tuple[int, Fi
     code = 0
     done = []
     with own_torch_settings(processes.device):
-        for number in range(first.run, first.run + first.runs):
-            run = first.numbered(number)
+        for run in first.of_series():
             try:
                 run = with_data_and_device(run, processes)
                 with lock(run.name, processes):
@@ -111,8 +110,7 @@ def side_by_side(first: Run, one_run: Callable, processes, count: int) -> tuple[
     runs = []
     if first.train:
         first = with_data_and_device(first, processes)  # downloaded once, here
-    for number in range(first.run, first.run + first.runs):
-        run = first.numbered(number)
+    for run in first.of_series():
         try:
             if not first.train:
                 run = with_data_and_device(run, processes)

@@ -43,6 +43,10 @@ class Run(SimpleNamespace):
         done = number - self.run
         return self.changed(run=number, seed=self.seed + done, runs=self.runs - done)
 
+    def of_series(self) -> list["Run"]:
+        """The runs of the series that begins with this one."""
+        return [self.numbered(number) for number in range(self.run, self.run + self.runs)]
+
     @property
     def own_images(self) -> bool:
         """Whether the images are a user's, in the file --data."""

@@ -1,10 +1,12 @@
 """The compiled step does what the plain one does, and gives way where it cannot be had."""
 
+import os
 import signal
+import subprocess
 
 import pytest
 import torch
-from conftest import NAMES, lines, needs_compiler, only_error, same, state, table, weights
+from conftest import NAMES, command, lines, needs_compiler, only_error, same, state, table, weights
 
 import run_vae
 from codebase import train
@@ -68,6 +70,23 @@ def test_the_traced_step_is_the_plain_one(monkeypatch):
 
     monkeypatch.setattr(train, "compile_graph", trace)
     compare("ssvae")
+
+
+@needs_compiler
+@pytest.mark.long
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="no AVX-512")
+def test_a_graph_compiled_with_avx512_serves_avx2(digits_dir, tmp_path):
+    """As where machines of both kinds share the folder in which torch keeps what it compiled."""
+    found = {}
+    for instructions in ("avx512", "avx2"):
+        folder = tmp_path / instructions
+        folder.mkdir()
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+        environment["ATEN_CPU_CAPABILITY"] = instructions
+        flags = ["--data", "digits", "--data_dir", digits_dir, "--iter_max", 20, "--compile", 1]
+        subprocess.run(command("vae", *flags), cwd=folder, env=environment, check=True)
+        found[instructions] = weights(folder, NAMES["vae"], 20)
+    torch.testing.assert_close(found["avx2"], found["avx512"], rtol=0, atol=1e-4)
 
 
 @needs_compiler

@@ -411,7 +411,8 @@ def step_cost(kind, folder, batch_size, k):
     options = {"k": int(k)} if kind == "gmvae" else {}
     steps = our_steps(kind, *training_images(kind, folder), int(batch_size), **options)
     before = peak()
-    times = alternate({"ours": steps}, 5, 3)["ours"]
+    count = max(5, 5000 // int(batch_size))
+    times = alternate({"ours": steps}, count, 3)["ours"]
     print(json.dumps({"ms": median(times), "megabytes": peak() - before}))
 
 

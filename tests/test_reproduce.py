@@ -159,7 +159,7 @@ def test_every_table_can_be_made(reproduce, tmp_path, capsys):
     assert said.startswith(f"{total} runs in logs/ are new")
     for line in [
         "| gw = 1 | 0.9420 ± 0.0007 | 0.0016 | 0.9400 | 0.9410 | 0.9420 | 0.9430 | 0.9440 |",
-        "| GMVAE - VAE | +0.00 | +0.00 |",
+        "| GMVAE - VAE | +0.00 ± 0.00 | +0.00 ± 0.00 |",
     ]:
         assert line in said
     for name in reproduce.TABLES:

@@ -116,23 +116,29 @@ def clone(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def users_files(clone) -> None:
-    """A user's pictures, and FashionMNIST's files with few images: nothing is downloaded then."""
-    (clone / "pictures").mkdir()
-    random = np.random.RandomState(0)
-    for number in range(20):
-        picture = random.randint(0, 256, (40, 30, 3)).astype(np.uint8)
-        Image.fromarray(picture).save(clone / "pictures" / f"{number % 10}-{number}.png")
-    folder = clone / "data" / "FashionMNIST" / "raw"
-    folder.mkdir(parents=True)
+def few_images(clone: Path, name: str) -> None:
+    """Write a data set's files with few images, so that torchvision downloads nothing."""
+    folder = clone / "data" / name / "raw"
+    folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "t10k"):
-        pixels = random.randint(0, 256, (30, 28, 28)).astype(np.uint8)
+        pixels = np.random.RandomState(0).randint(0, 256, (30, 28, 28)).astype(np.uint8)
         labels = (np.arange(30) % 10).astype(np.uint8)
         images = struct.pack(">4i", 0x803, 30, 28, 28) + pixels.tobytes()
         digits = struct.pack(">2i", 0x801, 30) + labels.tobytes()
         (folder / f"{split}-images-idx3-ubyte").write_bytes(images)
         (folder / f"{split}-labels-idx1-ubyte").write_bytes(digits)
+
+
+@pytest.fixture
+def users_files(clone) -> None:
+    """A user's pictures, and few images of the data sets that examples load."""
+    (clone / "pictures").mkdir()
+    random = np.random.RandomState(0)
+    for number in range(20):
+        picture = random.randint(0, 256, (40, 30, 3)).astype(np.uint8)
+        Image.fromarray(picture).save(clone / "pictures" / f"{number % 10}-{number}.png")
+    few_images(clone, "FashionMNIST")
+    few_images(clone, "MNIST")
 
 
 @pytest.fixture
@@ -204,7 +210,10 @@ def test_a_page_runs_from_top_to_bottom(page, clone, shell, users_files, no_netw
         y = np.arange(200) % 10
         np.savez(clone / f"few_{model}.npz", x=x, y=y, x_test=x[:50], y_test=y[:50])
     for language, code in pasted(page):
+        shutil.rmtree(clone / "data" / "MNIST", ignore_errors=True)  # scripts verify its files
         if language == "python":
+            if "import MNIST" in code:
+                few_images(clone, "MNIST")
             words = [sys.executable, "-c", code]
             result = subprocess.run(words, capture_output=True, text=True, timeout=600)
         else:

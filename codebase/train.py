@@ -29,7 +29,7 @@ from codebase.runtime.parallel import Processes
 
 LOG_EVERY = 100  # steps per row of metrics.csv, each the mean of its steps
 WRITE_EVERY = 30  # seconds between two writes of metrics.csv, apart from saves
-COMPILE_FROM = 20_000  # training steps from which on compiling saves more time than it takes
+COMPILE_FROM = 20_000  # training steps from which on compiling pays, on busy cores too
 
 # From a term of the loss to its column of metrics.csv; another term gives its own name. The ELBO
 # is stored negated: like the loss it goes down.
@@ -135,8 +135,9 @@ def compile_graph(function: Callable[..., Any]) -> Callable[..., Any]:
         "compile_threads": 1,  # there is one file to compile
     }
     # In vectors of 512 bits torch's softplus and ELU take three times as long as in those of 256
-    # bits (torch 2.14 on Zen 4). The same width for both kinds of CPU also lets them share a cache:
-    # torch looks a graph up without regard to the width, and a wrong one reads half of the numbers.
+    # bits (torch 2.14 on Zen 4). Both kinds of CPU get the same width, whatever ATEN_CPU_CAPABILITY
+    # says: torch looks up what it has compiled without regard to the width, and reads half of the
+    # numbers with the wrong one.
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         options["cpp.simdlen"] = 256
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)

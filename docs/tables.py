@@ -102,10 +102,11 @@ for model, z, rate, schedule, step, k, seeds in [
     ("VAE", 50, 0.001, "cosine", 120_000, 1, 1),
     ("VAE", 50, 0.001, "cosine", 480_000, 1, 1),
     ("VAE", 50, 0.002, "cosine", 120_000, 1, 3),
+    ("VAE", 50, 0.002, "cosine", 210_000, 1, 3),
     ("VAE", 50, 0.001, "cosine", 120_000, 5, 2),
-    ("VAE", 50, 0.002, "cosine", 120_000, 5, 2),
+    ("VAE", 50, 0.002, "cosine", 210_000, 5, 2),
     ("VAE", 50, 0.001, "cosine", 120_000, 50, 1),
-    ("VAE", 50, 0.002, "cosine", 120_000, 50, 1),
+    ("VAE", 50, 0.002, "cosine", 210_000, 50, 1),
     ("GMVAE", 50, 0.001, "cosine", 120_000, 1, 1),
 ]:
     stem = {"VAE": f"vae_z={z}", "GMVAE": f"gmvae_z={z}_k=500"}[model]
@@ -338,11 +339,13 @@ def literature(known: dict) -> list[str]:
         NELBO_ALL,
         IWAE_5000_ALL,
         Column("ESS of 5000", "ess_5000", 1, "figures_all"),
-        Column("minutes × threads (GPU: minutes)", "minutes", 1, "time"),
+        Column("CPU: minutes × threads; GPU: minutes", "minutes", 1, "time"),
         Column("ms per step", "ms", 2, "time"),  # of a GPU less than one
     ]
     titles = [column.title for column in columns]
-    lines = head("model", "z", "rate", "schedule", "passes", "k", *titles, "seeds", "device")
+    lines = head(
+        "model", "z", "learning rate", "schedule", "passes", "k", *titles, "seeds", "device"
+    )
     for (model, z, rate, schedule, step, k), series in LITERATURE.items():
         runs = find(known, series, "deep")
         if runs:

@@ -76,16 +76,21 @@ def test_the_traced_step_is_the_plain_one(monkeypatch):
 @pytest.mark.long
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="no AVX-512")
 def test_a_graph_compiled_with_avx512_serves_avx2(digits_dir, tmp_path):
-    """As where machines of both kinds share the folder in which torch keeps what it compiled."""
+    """As where a user sets ATEN_CPU_CAPABILITY between two runs on a machine."""
     found = {}
+    libraries = []
     for instructions in ("avx512", "avx2"):
         folder = tmp_path / instructions
         folder.mkdir()
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
         environment["ATEN_CPU_CAPABILITY"] = instructions
         flags = ["--data", "digits", "--data_dir", digits_dir, "--iter_max", 20, "--compile", 1]
-        subprocess.run(command("vae", *flags), cwd=folder, env=environment, check=True)
+        settings = {"cwd": folder, "env": environment, "text": True, "stdout": subprocess.PIPE}
+        result = subprocess.run(command("vae", *flags), check=True, **settings)
+        assert "steps: compiled" in result.stdout
         found[instructions] = weights(folder, NAMES["vae"], 20)
+        libraries.append(sorted((tmp_path / "cache").rglob("*.so")))
+    assert libraries[0] == libraries[1]  # the second run takes what the first one has compiled
     torch.testing.assert_close(found["avx2"], found["avx512"], rtol=0, atol=1e-4)
 
 

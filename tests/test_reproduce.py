@@ -145,6 +145,12 @@ def test_figures_of_runs_elsewhere_stay(reproduce, tmp_path):
     assert known(tmp_path)[reproduce.VAE.name(3)] == elsewhere
 
 
+def test_a_difference_has_the_standard_error_of_independent_means(reproduce):
+    tables = importlib.import_module("tables")
+    assert tables.difference([1.0, 3.0], [0.0, 4.0], 2) == "+0.00 ± 2.24"
+    assert tables.difference([1.0], [0.0, 4.0], 1) == "-1.0"
+
+
 def test_every_table_can_be_made(reproduce, tmp_path, capsys):
     total = 0
     for series in reproduce.needed(list(reproduce.TABLES)):

@@ -190,9 +190,14 @@ def difference(ours: list[float], theirs: list[float], digits: int) -> str:
     """The difference of two means, and its standard error where both have one."""
     text = f"{fmean(ours) - fmean(theirs):+.{digits}f}"
     if len(ours) > 1 and len(theirs) > 1:
-        error = sqrt(stdev(ours) ** 2 / len(ours) + stdev(theirs) ** 2 / len(theirs))
+        error = error_of_difference(stdev(ours), len(ours), stdev(theirs), len(theirs))
         text += f" ± {error:.{digits}f}"
     return text
+
+
+def error_of_difference(spread: float, count: int, other_spread: float, other_count: int) -> float:
+    """The standard error of the difference of two independent means, from standard deviations."""
+    return sqrt(spread**2 / count + other_spread**2 / other_count)
 
 
 def middle(numbers: list[float], digits: int) -> str:
@@ -439,7 +444,7 @@ def sheet(known: dict) -> list[str]:
             means.append(column.mean(runs))
             score = ""
             if spread and len(numbers) > 1:
-                error = sqrt(stdev(numbers) ** 2 / len(numbers) + spread**2 / 100)
+                error = error_of_difference(stdev(numbers), len(numbers), spread, 100)
                 score = f"{(fmean(numbers) - theirs) / error:+.1f}"
             scores.append(score)
             if numbers:

@@ -209,11 +209,9 @@ class Largest(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, torch.Tensor):
-                storage = (
-                    tensor.untyped_storage().nbytes()
-                )  # less than its elements' where expanded
                 self.elements = max(self.elements, tensor.numel())
-                self.bytes = max(self.bytes, storage)
+                # An expanded tensor has fewer bytes than its elements would take.
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
         return out
 
 

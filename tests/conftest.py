@@ -20,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 if "PYTEST_XDIST_WORKER" not in os.environ and "--gpu" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -84,6 +85,11 @@ def digits_dir(tmp_path_factory) -> Path:
     for split in ["train", "test"]:  # the colour ones are drawn by the first test that wants them
         data.drawn_digits(str(folder), split, False)
     return folder
+
+
+def idx_file(header: list[int], content: np.ndarray) -> bytes:
+    """A file as those of MNIST: a magic number and counts, and then bytes."""
+    return np.array(header, ">i4").tobytes() + content.tobytes()
 
 
 @functools.cache

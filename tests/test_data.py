@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from conftest import MNIST, lines, needs_mnist, only_error, results, same, table, tree, weights
+from conftest import (
+    MNIST,
+    idx_file,
+    lines,
+    needs_mnist,
+    only_error,
+    results,
+    same,
+    table,
+    tree,
+    weights,
+)
 from loopback import Server, half_then_silence, slowly, whole
 
 import run_fsvae
@@ -143,10 +154,6 @@ def test_every_epoch_is_a_shuffled_pass():
 
 # ---------------------------------------------------------------------------------------------
 # Files of MNIST and SVHN
-
-
-def idx_file(header: list[int], content: np.ndarray) -> bytes:
-    return np.array(header, ">i4").tobytes() + content.tobytes()
 
 
 @pytest.fixture

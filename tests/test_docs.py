@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import shutil
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, ROOT
+from conftest import NAMES, ROOT, idx_file
 from PIL import Image
 
 PATHS = ["README.md", "docs/usage.md", "docs/design.md", "docs/benchmark.md", "docs/writeup.md"]
@@ -123,10 +122,9 @@ def few_images(clone: Path, name: str) -> None:
     for split in ("train", "t10k"):
         pixels = np.random.RandomState(0).randint(0, 256, (30, 28, 28)).astype(np.uint8)
         labels = (np.arange(30) % 10).astype(np.uint8)
-        images = struct.pack(">4i", 0x803, 30, 28, 28) + pixels.tobytes()
-        digits = struct.pack(">2i", 0x801, 30) + labels.tobytes()
+        images = idx_file([2051, 30, 28, 28], pixels)
         (folder / f"{split}-images-idx3-ubyte").write_bytes(images)
-        (folder / f"{split}-labels-idx1-ubyte").write_bytes(digits)
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(idx_file([2049, 30], labels))
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ SSVAE = {}  # by gw
 LABELS = {}  # by the number of labels and gw
 for gw in [0, 1]:
     stem = f"ssvae_gw={gw:03d}_cw=100"
-    SSVAE[gw] = Series(stem, f"--gw {gw}", 30_000, seeds=5)
+    SSVAE[gw] = Series(stem, f"--gw {gw}", 30_000, seeds=10)
     LABELS[100, gw] = SSVAE[gw]
     for n in [600, 1000, 3000]:
         LABELS[n, gw] = Series(f"{stem}_labels={n}", f"--gw {gw} --labels {n}", 30_000)
@@ -368,10 +368,11 @@ def literature(known: dict) -> list[str]:
 
 def ssvae(known: dict) -> list[str]:
     accuracy = Column("accuracy", "accuracy", 4)
-    lines = head("", "accuracy", "s.d.", *(f"seed {seed}" for seed in range(5)))
+    seeds = range(max(series.seeds for series in SSVAE.values()))
+    lines = head("", "accuracy", "s.d.", *(f"seed {seed}" for seed in seeds))
     for gw, series in SSVAE.items():
         runs = find(known, series, "train")
-        each = [accuracy.mean({seed: runs.get(seed, {})}) for seed in range(5)]
+        each = [accuracy.mean({seed: runs.get(seed, {})}) for seed in seeds]
         lines.append(row(f"gw = {gw}", accuracy.mean(runs), accuracy.deviation(runs), *each))
     return lines
 

@@ -164,7 +164,8 @@ def test_every_table_can_be_made(reproduce, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith(f"{total} runs in logs/ are new")
     for line in [
-        "| gw = 1 | 0.9445 ± 0.0010 | 0.0030 | 0.9400 | 0.9410 | 0.9420 | 0.9430 | 0.9440 | 0.9450 |",
+        "| gw = 1 | 0.9445 ± 0.0010 | 0.0030 | 0.9400 | 0.9410 | 0.9420 | 0.9430 | 0.9440 "
+        "| 0.9450 | 0.9460 | 0.9470 | 0.9480 | 0.9490 |\n",
         "| GMVAE - VAE | +0.00 ± 0.00 | +0.00 ± 0.00 |",
     ]:
         assert line in said

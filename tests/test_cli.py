@@ -367,7 +367,7 @@ def metrics(printed: list[str]) -> dict[str, float]:
     return {name: float(value) for name, value in pairs}
 
 
-@pytest.mark.parametrize("model", BINARY)
+@pytest.mark.parametrize("model", ["vae", "gmvae"])
 def test_shipped_weights_evaluate_on_a_fresh_machine(model, fresh, main, tmp_path):
     name = fresh(model)
     printed = lines(main(model, "--run", 2021, "--train", 0))

@@ -261,6 +261,19 @@ def test_results_in_the_readme_are_the_tables():
     assert set(quoted) <= set(re.findall(number, tables))
 
 
+def test_the_readme_quotes_the_rows_of_the_literatures_table():
+    told = " ".join(section(README, "Results").split())
+    for row, sentence in {
+        "VAE | 50 | 0.002 | cosine | 350 | 1": "is then {} nats",
+        "VAE | 50 | 0.001 | cosine | 200 | 1": "the VAE has {} (",
+        "GMVAE | 50 | 0.001 | cosine | 200 | 1": "The GMVAE reaches {} with",
+        "Burda et al. 2016, VAE | 50 |  | falling | 3280 | 1": "Burda et al. 2016 report {}.",
+    }.items():
+        cells = re.search(rf"^\| {re.escape(row)} \| (.*)", PAGES["docs/writeup.md"], flags=re.M)[1]
+        iwae_5000 = cells.split(" | ")[1]  # behind the NELBO
+        assert sentence.format(iwae_5000) in told
+
+
 def defaults(model: str) -> dict[str, object]:
     """The flags of a script, which its --help names, and their defaults."""
     help_text = io.StringIO()

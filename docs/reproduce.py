@@ -2,7 +2,7 @@
 """Run everything that the pages quote, and put its tables and pictures into them.
 
 python docs/reproduce.py --data_dir DIR trains and evaluates in the current folder, by the scripts'
-own command lines. The same command resumes. All of it takes about 48 hours of one core.
+own command lines. The same command resumes. All of it takes about 53 hours of one core.
 
 What the runs leave in logs/ is collected in docs/figures.json. --write and --check make the tables
 from that file, so they need no run. A table stands between <!-- table NAME --> and <!-- end -->.

@@ -46,7 +46,7 @@ class Series:
         return words
 
     def seeds_of(self, stage: str) -> range:
-        """The seeds that a stage is for: deep takes a quarter of an hour each, so it is for few."""
+        """The seeds that a stage is for: deep takes 18 minutes or more a run, so it is for few."""
         return range(min(self.seeds, 3) if stage == "deep" else self.seeds)
 
 

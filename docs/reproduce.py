@@ -2,7 +2,8 @@
 """Run everything that the pages quote, and put its tables and pictures into them.
 
 python docs/reproduce.py --data_dir DIR trains and evaluates in the current folder, by the scripts'
-own command lines. The same command resumes. All of it takes about 53 hours of one core.
+own command lines. The same command resumes. All of it takes days of one core: how many hours, and
+for what, is in docs/writeup.md, section 7.
 
 What the runs leave in logs/ is collected in docs/figures.json. --write and --check make the tables
 from that file, so they need no run. A table stands between <!-- table NAME --> and <!-- end -->.

@@ -179,10 +179,12 @@ def test_parameters_split_along_any_axis():
     m, v = utils.gaussian_parameters(h, dim=1)
     assert torch.equal(m, h[:, :3])
     torch.testing.assert_close(v, torch.nn.functional.softplus(h[:, 3:]) + 1e-8)
+    vanished = utils.gaussian_parameters(torch.full((1, 2), -200.0))[1]
+    assert vanished.item() == pytest.approx(1e-8)
 
 
 def test_duplicate_repeats_the_whole_batch():
-    x = torch.arange(6).reshape(2, 3)
+    x = torch.arange(12).reshape(2, 3, 2)
     assert torch.equal(utils.duplicate(x, 3), torch.cat([x, x, x]))
 
 

@@ -29,12 +29,10 @@ from conftest import (
     tree,
     weights,
 )
+from untrained import ALL, made, rows
 
 from codebase import evaluate, train
-from codebase.models.fsvae import FSVAE
 from codebase.models.gmvae import GMVAE
-from codebase.models.ssvae import SSVAE
-from codebase.models.vae import VAE
 from codebase.runtime.parallel import Processes, join
 
 SHORT = ("--iter_max", 20, "--iter_save", 10)
@@ -138,30 +136,18 @@ class RowNoise:
         return of_all[..., self.rows, :]
 
 
-MODELS = {
-    "vae": VAE,
-    "gmvae": lambda: GMVAE(k=20, train_iw=5),
-    "ssvae": SSVAE,
-    "fsvae": FSVAE,
-}
+SETTINGS = {"gmvae": {"k": 20, "train_iw": 5}}
 
 
 def one_step(kind: str, processes: Processes) -> tuple[dict, dict, dict, int]:
     """Gradient, terms and new weights of a step on 100 images, and how many were computed here."""
-    torch.manual_seed(0)
-    model = MODELS[kind]()
-    x = (torch.rand(100, 3072 if kind == "fsvae" else 784) < 0.3).float()
-    y = torch.eye(10)[torch.randint(10, (100,))]
+    model = made(kind, **SETTINGS.get(kind, {}))
     index = torch.randperm(100)
     noise = RowNoise()
 
-    def batch(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        noise.rows = rows
-        if kind == "fsvae":
-            return x[rows], y[rows]
-        if kind == "ssvae":
-            return x[rows], x[:10], y[:10]
-        return (x[rows],)
+    def batch(chosen: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        noise.rows = chosen
+        return rows(kind, chosen)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = train.plain_step(model, optimizer, batch, processes)
@@ -176,10 +162,10 @@ def one_step_of_three(kind: str) -> tuple[dict, dict, dict, int]:
         return one_step(kind, processes)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@ALL
 def test_gradient_of_unequal_shares_is_that_of_one(kind, three):
-    gradient, terms, _, rows = one_step(kind, Processes())
-    assert rows == 100
+    gradient, terms, _, count = one_step(kind, Processes())
+    assert count == 100
     answers = three(one_step_of_three, kind)
     assert [answer[3] for answer in answers] == [34, 33, 33]
     for of_three, terms_of_three, new_weights, _ in answers:

@@ -54,6 +54,14 @@ def batch(kind: str, n: int = 6) -> tuple[torch.Tensor, ...]:
     return (binary(n),)
 
 
+def rows(kind: str, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What the loss of a model takes, for these among a hundred images."""
+    x, *labelled = batch(kind, 100)
+    if kind == "fsvae":
+        labelled = [labelled[0][index]]
+    return x[index], *labelled
+
+
 def noise(n: int, size: int = 784, seed: int = 5) -> data.Images:
     """A split of n images of noise, with labels 0, ... 9, 0, ..."""
     stream = torch.Generator().manual_seed(seed)

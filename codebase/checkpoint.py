@@ -71,28 +71,28 @@ def read_weights(model: nn.Module, step: int) -> dict[str, Tensor]:
 def check_weights(path: Path, stored: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The model's weights among those stored in a file.
 
-    Raises UsageError unless the file has the model's keys alone, with their shapes and finite
-    values. Constants that it lacks keep the model's own values.
+    Raises UsageError unless the file has the model's keys, with their shapes and finite values, and
+    no others. Constants that it lacks keep the model's own values; some older ones are ignored.
     """
     refuse_wrapped(path, stored)
+    other_model = f"{path} is of another model than {model.name}"
     weights = {}
     for key, own in model.state_dict().items():
         value = stored.get(key)
         if value is None and key in CONSTANT_KEYS:
             value = own
-        of_other = f"{path} is of another model than {model.name}: it has no {key}"
-        require(value is not None, of_other)
+        if value is None:
+            raise UsageError(f"{other_model}: it has no {key}")
+        wanted = tuple(own.shape)
         shape = tuple(getattr(value, "shape", ()))
-        wrong = f"{path}: {key} should be of shape {tuple(own.shape)}, and is of {shape}"
-        require(isinstance(value, Tensor) and shape == tuple(own.shape), wrong)
-        require(
-            bool(torch.isfinite(value).all()), f"{path}: {key} holds values that are not finite"
-        )
+        if not isinstance(value, Tensor) or shape != wanted:
+            raise UsageError(f"{path}: {key} should be of shape {wanted}, and is of {shape}")
+        if not torch.isfinite(value).all():
+            raise UsageError(f"{path}: {key} holds values that are not finite")
         weights[key] = value
     for key in stored:
         if key not in weights and key not in IGNORED_KEYS:
-            other = f"{path} is of another model than {model.name}: it has {key} as well"
-            raise UsageError(other)
+            raise UsageError(f"{other_model}: it has {key} as well")
     return weights
 
 
@@ -154,9 +154,14 @@ def load_state(model: nn.Module, run: Run) -> dict[str, Any] | None:
 def find(model: nn.Module, run: Run) -> tuple[dict[str, Tensor] | None, dict[str, Any] | None]:
     """What a run begins with: the weights of step --iter_max, the state to resume from, or neither.
 
+    Under --train 0 these are the weights, and nothing else will do. Else:
+    - without a state, the weights if there is a checkpoint of that step; neither if there is none;
+    - with a state of that step or beyond it, the weights if there is a checkpoint of that step;
+    - with a state of that step or before it, the state.
+    Anything else raises UsageError, which says what to give.
+
     Under --overwrite 1 what earlier training stored is deleted first; results.json is deleted
-    wherever the run has no weights any more. Raises UsageError where what is stored contradicts
-    the command line.
+    wherever the run has no weights any more.
     """
     if run.overwrite:
         delete_run(run.name)
@@ -209,7 +214,8 @@ def write_tensors(path: Path, content: dict[str, Any]) -> None:
 def read_tensors(path: Path) -> dict[str, Any]:
     """Read tensors and plain values, on the CPU. Code in the file is never run.
 
-    Raises Missing where there is no file, UsageError where it is damaged: its CRC-32 tells.
+    Raises Missing where there is no file, UsageError where it is damaged. The CRC-32 of a zip file
+    tells; files from before torch 1.6 have none, and tell only where they are torn.
     """
     if not path.is_file():
         raise Missing(f"there is no file {path}")

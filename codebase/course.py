@@ -65,8 +65,9 @@ def get_svhn_data(
     """SVHN's extra split from data/, as train_loader, (None, None), (None, None).
 
     It is downloaded where it is missing, together with the test split. train_loader: shuffled
-    batches, on the CPU, of images (100, 3, 32, 32) in [0, 1] and their labels (100,); nothing is
-    put on the device. Raises UsageError where the file cannot be had or is damaged.
+    batches of 100, on the CPU, the last one smaller: images (batch, 3, 32, 32) in [0, 1] and their
+    labels (batch,); nothing is put on the device. Raises UsageError where the file cannot be had or
+    is damaged.
     """
     run = Run(real_data="svhn", split="extra", data_dir=DATA_DIR, train=1)
     have_files(run, [Path(DATA_DIR, "extra_32x32.mat")])

@@ -31,7 +31,7 @@ OLD_RULE = {"2018": torch.float32, "torch-0.4": torch.float64}
 class Images:
     """A split, on one device: pixels as bytes, labels as int64 where -1 says that there is none.
 
-    pixels: (n, 784) or (n, 3072, channel-major); labels: (n,).
+    pixels: (n, 784), or (n, 3072) with all of red first, then green, then blue; labels: (n,).
     """
 
     pixels: Tensor
@@ -65,8 +65,8 @@ class Images:
 
         They can in MNIST itself and in the drawn digits that take its place.
         """
-        class_counts = torch.bincount(self.labels.clamp(min=0).cpu()).tolist()
-        return class_counts == COURSE["class_counts"][split]
+        counts = torch.bincount(self.labels.cpu() + 1).tolist()  # of -1, that is no label, first
+        return counts == [0, *COURSE["class_counts"][split]]
 
     def positions(self, split: str, each: int = 10) -> Tensor:
         """Where that many images of each digit are, class after class, (10 * each,).
@@ -249,7 +249,7 @@ def read_arrays(path: str, labelled: bool) -> dict[str, np.ndarray]:
                 holds = ", ".join(listed[:10]) if listed else "nothing"
                 raise UsageError(f"{problem} has no images x or x_train; it holds {holds}")
             arrays = {name: read_array(file, name) for name in names}
-    except UsageError:
+    except (UsageError, MemoryError):
         raise
     except Exception as error:
         raise UsageError(f"{problem} cannot be read: truncated or no .npz file") from error
@@ -284,7 +284,7 @@ def name_of(arrays: dict[str, np.ndarray], short: str, problem: str) -> str:
 
 
 def own_pixels(x: np.ndarray, colour: bool, needs: str) -> np.ndarray:
-    """A user's images as bytes, (n, 784) or (n, 3072, channel-major).
+    """A user's images as bytes, (n, 784), or (n, 3072) as Images has them.
 
     needs: how a line of error begins. Raises UsageError where they are of another shape, kind or
     range.

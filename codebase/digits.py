@@ -24,13 +24,14 @@ FONTS = (
     "cmtt10",
     "cmmi10",
 )
-# Where an image looks in its glyph's picture, (x, y) from (x, y, 1), and by how much that varies.
+# The affine map from a pixel's place in an image, (x, y, 1), to one in the glyph's picture, (x, y),
+# and the most that each of its numbers varies.
 PLACE = torch.tensor([[1, 0.15, 0], [0, 1, 0]])
 JITTER = torch.tensor([[0.2, 0.3, 0.1], [0.15, 0.1, 0.1]])
 
 
 def glyphs() -> Tensor:
-    """Pictures of the digits, ink being 1, 40 points high in the middle of 64.
+    """Pictures of the digits, ink being 1, 40 pixels high in the middle of 64.
 
     They are (fonts * 10, 1, 64, 64), a font's ten digits after another's.
     """
@@ -61,8 +62,8 @@ def ink(
 ) -> Tensor:
     """How much of each pixel a digit covers, (n, 1, side, side) in [0, 1].
 
-    chance(low, high, *shape): uniform random numbers; zoom: of the image's side to the picture's;
-    across: the digit's distance from the middle, in half sides.
+    chance(low, high, *shape): uniform random numbers; zoom: the share of the picture's side that
+    the image spans; across: the digit's distance from the middle, in half sides.
     """
     n = len(labels)
     place = zoom * (PLACE + JITTER * chance(-1, 1, n, 2, 3))
@@ -104,7 +105,7 @@ def colour(glyphs: Tensor, labels: Tensor, chance: Callable) -> Tensor:
 def draw(counts: list[int], seed: int, in_colour: bool) -> tuple[np.ndarray, np.ndarray]:
     """counts[d] images of each digit d, shuffled.
 
-    Returns bytes (n, 784) or in colour (n, 3072, channel-major), and labels (n,).
+    Returns bytes (n, 784) or in colour (n, 3072), and labels (n,).
     """
     stream = torch.Generator().manual_seed(seed)
     pictures = glyphs()

@@ -145,7 +145,7 @@ def rows_at_once(model: BinaryVAE) -> int:
 
 
 def latent_use(model: BinaryVAE, images: Images) -> dict[str, float]:
-    """How much of z a VAE or GMVAE uses on a split of images, binarised once.
+    """How much of z a VAE or GMVAE uses on a split of images, binarised at random.
 
     active: dimensions of z whose posterior mean has a variance above 0.01 over the images (Burda
     et al. 2016, 5.2); components: of a mixture prior, those that are the likeliest source of the
@@ -163,7 +163,7 @@ def latent_use(model: BinaryVAE, images: Images) -> dict[str, float]:
 
 
 def posterior_means(model: BinaryVAE, images: Images) -> Tensor:
-    """The mean of q(z | x) of each image, binarised: (n, z_dim)."""
+    """The mean of q(z | x) of each image, binarised at random: (n, z_dim)."""
     widest = max(784, 2 * model.z_dim)
     rows = max(1, ROWS * 784 // widest)
     return torch.cat([model.enc(images.binary(index))[0] for index in blocks(images, rows)])

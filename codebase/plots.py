@@ -81,9 +81,9 @@ def of_fsvae(model: FSVAE, name: str = "samples") -> list[str]:
 
 
 def grid(images: Tensor, path: Path, columns: int = 20) -> str:
-    """Draw images (n, 784) or (n, 3072, channel-major), values in [0, 1], row by row as a PNG.
+    """Draw images (n, 784), or (n, 3072) as data.Images has them, row by row as a PNG.
 
-    n is a multiple of columns. Returns the name of the picture.
+    Values are in [0, 1]; n is a multiple of columns. Returns the name of the picture.
     """
     side = 28
     channels = 1
@@ -189,7 +189,7 @@ def principal_axes(z: Tensor) -> tuple[Tensor, Tensor]:
 def curves(folder: Path) -> list[str]:
     """Draw the terms of the loss over the steps, from metrics.csv, if it is there.
 
-    What test.csv holds stands beside the same metric of the training.
+    NELBO and accuracy of test.csv stand beside those of the training.
     """
     columns = read_table(folder / "metrics.csv")
     tests = read_table(folder / "test.csv")
@@ -228,16 +228,20 @@ def curves(folder: Path) -> list[str]:
 
 
 def read_table(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a .csv file by name, or none where it is not there or empty."""
+    """The columns of a .csv file by name, or none where it is not there or empty.
+
+    Nor where another program has stored it in a form of its own, as with semicolons.
+    """
     if not path.exists():
         return {}
-    with path.open(newline="") as file:
-        rows = [row for row in csv.reader(file) if row]
-    if not rows:
+    try:
+        with path.open(newline="") as file:
+            rows = [row for row in csv.reader(file) if row]
+        names = rows[0]
+        values = np.array(rows[1:], float).reshape(len(rows) - 1, len(names))
+    except (ValueError, IndexError):
         return {}
-    names = rows[0]
-    values = np.array(rows[1:], float).reshape(len(rows) - 1, len(names))
-    return dict(zip(names, values.T, strict=True))
+    return dict(zip(names, values.T, strict=True)) if "step" in names else {}
 
 
 def confusion_plot(confusion: Tensor, path: Path) -> str:

@@ -135,9 +135,9 @@ def compile_graph(function: Callable[..., Any]) -> Callable[..., Any]:
         "compile_threads": 1,  # there is one file to compile
     }
     # In vectors of 512 bits torch's softplus and ELU take three times as long as in those of 256
-    # bits (torch 2.14 on Zen 4). Both kinds of CPU get the same width, whatever ATEN_CPU_CAPABILITY
-    # says: torch looks up what it has compiled without regard to the width, and reads half of the
-    # numbers with the wrong one.
+    # bits (torch 2.14 on Zen 4). The width is the same on both kinds of CPU, and whatever
+    # ATEN_CPU_CAPABILITY says: torch's store of compiled code does not note the width, and code
+    # compiled for one width would skip half of the numbers with the other.
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
         options["cpp.simdlen"] = 256
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
@@ -246,14 +246,14 @@ def choose_step(
             lines = str(error).strip().splitlines() or [""]
             what = "recording" if run.device == "cuda" else "compiling"
             why = f"{what} failed: {type(error).__name__}: {lines[0]}"
-            failed = True  # as it would in a run in one piece
+            failed = True
             model.zero_grad()
     if why:
         print(f"steps: plain ({why})")
-    # Whether a run in one piece, with this --iter_max, would be compiled.
-    whole_is_compiled = run.device == "cpu" and not why_plain(run, processes.size, None)
-    differs = compiled != before or compiled != whole_is_compiled
-    if before is not None and differs and (before or not failed):
+    # Whether a run in one piece would be compiled, with this --iter_max and where compiling works.
+    may_compile = run.device == "cpu" and not failed
+    whole_is_compiled = may_compile and not why_plain(run, processes.size, None)
+    if before is not None and not (before == compiled == whole_is_compiled):
         print("a run in one piece would be compiled otherwise: its bits will differ from these")
     if state:
         say_what_differs(run, processes, state)
@@ -335,11 +335,13 @@ class Metrics:
         if self.steps:
             for name, total in zip(self.names, self.sums.tolist(), strict=True):
                 mean = total / self.steps
-                means[COLUMNS.get(name, name)] = 0.0 - mean if name == "gen/elbo" else mean
+                if name == "gen/elbo":
+                    mean = 0.0 - mean  # the column is the NELBO; -mean would make -0.0 of 0
+                means[COLUMNS.get(name, name)] = mean
         broken = [name for name, mean in means.items() if not math.isfinite(mean)]
-        terms = [name for name in broken if name not in ("loss", "nelbo")] or ["loss"]
         if broken:
-            raise RunError(diverged(terms, step))
+            terms = [name for name in broken if name not in ("loss", "nelbo")]
+            raise RunError(diverged(terms or ["loss"], step))
         return means
 
     def close_row(self, step: int) -> dict[str, float]:
@@ -356,7 +358,9 @@ class Metrics:
     def write(self, step: int) -> None:
         """Write metrics.csv and, once there is a checkpoint with metrics, test.csv."""
         self.write_terms(step)
-        if self.tests:
+        if not self.tests:  # one that is there is of a run whose checkpoints were removed
+            (self.folder / "test.csv").unlink(missing_ok=True)
+        else:
             names = list(next(iter(self.tests.values())))
             tests = [["step", *names]]
             for tested_step, found in self.tests.items():

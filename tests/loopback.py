@@ -12,7 +12,7 @@ def slowly(content: bytes, over: threading.Event):
     size = len(content) // 12
     for start in range(0, len(content), size):
         yield content[start : start + size]
-        over.wait(0.25)
+        over.wait(0.3)
 
 
 def half_then_silence(content: bytes, over: threading.Event):

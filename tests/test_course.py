@@ -3,6 +3,7 @@
 import inspect
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from untrained import binary, made, noise, one_hot
 
 import codebase.utils as ut
 from codebase import course, data, evaluate
+from codebase.runtime import download
+from codebase.runtime.files import UsageError
 from codebase.train import train
 
 
@@ -30,9 +33,10 @@ def noisy(in_folder, monkeypatch):
     for name in data.COURSE["mnist_sha256"]:
         (raw / name).touch()
     (in_folder / "data" / "extra_32x32.mat").touch()
-    count = {"train": 230, "test": 120}
-    monkeypatch.setattr(data, "mnist", lambda folder, split, check: noise(count[split]))
-    monkeypatch.setattr(data, "svhn", lambda folder, split, check: noise(230, 3072))
+    grey = {"train": noise(230), "test": noise(120)}
+    colour = {"extra": noise(230, 3072)}
+    monkeypatch.setattr(data, "mnist", lambda folder, split, check: grey[split])
+    monkeypatch.setattr(data, "svhn", lambda folder, split, check: colour[split])
 
 
 @pytest.mark.parametrize("name", ut.COURSE_NAMES)
@@ -74,9 +78,12 @@ def test_a_style_script_decodes_every_label(kind, size):
     z = ut.duplicate(model.sample_z(6), 10)
     y = torch.eye(10).repeat_interleave(6, 0)
     if kind == "ssvae":
-        assert torch.equal(model.compute_sigmoid_given(z, y), model.dec(z, y).sigmoid())
+        p = model.dec(z, y).sigmoid()
+        assert torch.equal(model.compute_sigmoid_given(z, y), p)
+        torch.manual_seed(1)
         x = model.sample_x_given(z, y)
-        assert set(x.unique().tolist()) == {0.0, 1.0}
+        torch.manual_seed(1)
+        assert torch.equal(x, torch.bernoulli(p))
     else:
         x = model.compute_mean_given(z, y)
         assert torch.equal(x, model.dec(z, y))
@@ -114,6 +121,37 @@ def test_a_loader_shuffles_images_with_labels(load, shape, noisy):
     torch.testing.assert_close(rows, kept.pixels[order].float())
     assert torch.equal(y, kept.labels[order])
     assert sorted(order) == list(range(230)) != order
+
+
+LOADERS = pytest.mark.parametrize("load", [ut.get_mnist_data, ut.get_svhn_data])
+
+
+@LOADERS
+def test_a_loader_downloads_what_is_missing(load, noisy, in_folder, monkeypatch):
+    removed = [path for path in (in_folder / "data").rglob("*") if path.is_file()]
+    for path in removed:
+        path.unlink()
+
+    def fetch(run) -> None:
+        for path in removed:
+            path.touch()
+
+    monkeypatch.setattr(download, "fetch", fetch)
+    loader, *_ = load("cpu")
+    assert len(loader.dataset) == 230
+
+
+@LOADERS
+def test_a_loader_without_files_says_what_to_do(load, noisy, in_folder, monkeypatch):
+    shutil.rmtree(in_folder / "data")
+    monkeypatch.setattr(download, "fetch", lambda run: "no network")
+    with pytest.raises(UsageError, match=r"\(no network\); put these files in place by hand: data"):
+        load("cpu")
+
+
+def test_mnist_is_put_on_the_device(noisy):
+    _, labelled, test = ut.get_mnist_data("meta")
+    assert [value.device.type for value in (*labelled, *test)] == ["meta"] * 4
 
 
 def test_the_lower_bound_is_printed(capsys):

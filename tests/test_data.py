@@ -1,5 +1,6 @@
 """The data: the course's subset, MNIST, SVHN, downloads, drawn digits, a user's own images."""
 
+import errno
 import gzip
 import hashlib
 import io
@@ -14,10 +15,12 @@ import scipy.io
 import torch
 from conftest import (
     MNIST,
+    NAMES,
     idx_file,
     lines,
     needs_mnist,
     only_error,
+    raising,
     results,
     same,
     table,
@@ -117,6 +120,15 @@ def test_labels_begin_with_the_courses(each, digits_dir):
     assert torch.equal(by_digit[:, :10], course[:, :each])
     new = by_digit[:, 10:].flatten()
     assert len(new.unique()) == len(new) and not torch.isin(new, course).any()
+
+
+def test_images_without_a_label_are_not_the_courses_zeros(digits_dir):
+    """Labels of -1: the subset is then the first hundred images."""
+    images = data.drawn_digits(str(digits_dir), "test", colour=False)
+    unlabelled = data.Images(images.pixels, images.labels - (images.labels == 0).long())
+    assert unlabelled.labels.min() == -1
+    wanted = data.binarize_once(images.pixels[:100])
+    assert torch.equal(data.test_subset(unlabelled), wanted)
 
 
 def test_grey_levels_are_probabilities_of_one():
@@ -392,7 +404,7 @@ def test_an_fsvae_fetches_what_is_missing_of_two_splits(split, wanted, tmp_path,
 
 def test_a_slow_download_continues_and_shows_progress(svhn_server, tmp_path, monkeypatch, capfd):
     assert 5 <= download.SILENCE <= 20
-    monkeypatch.setattr(download, "SILENCE", 2)  # the whole takes longer
+    monkeypatch.setattr(download, "SILENCE", 3)  # the whole takes longer
     svhn_server.how = slowly
     del svhn_server.files["test_32x32.mat"]
     run = svhn_run(tmp_path)
@@ -411,6 +423,20 @@ def test_a_dead_download_is_given_up(svhn_server, tmp_path, monkeypatch):
     assert download.fetch(svhn_run(tmp_path / "data")) == "no answer for 1 seconds"
     assert list(tmp_path.iterdir()) == []
     assert socket.getdefaulttimeout() is None
+
+
+def test_unverified_files_are_another_data_set(tmp_path):
+    """So a run on them resumes on them alone."""
+    verified = mnist_run(tmp_path).settings()
+    assert mnist_run(tmp_path, check_data=0).settings() != verified
+
+
+def test_a_download_reaches_another_disk(mnist_server, tmp_path, monkeypatch):
+    """To which data/MNIST may be a link."""
+    other_disk = OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+    monkeypatch.setattr(os, "rename", raising(other_disk))
+    assert download.fetch(mnist_run(tmp_path)) is None
+    assert tree(tmp_path) == {f"MNIST/raw/{name}": mnist_server.raw[name] for name in MNIST_NAMES}
 
 
 def test_a_failed_download_leaves_nothing(mnist_server, tmp_path, capsys):
@@ -474,12 +500,8 @@ def test_damaged_stored_digits_are_drawn_again(tmp_path, digits_dir, monkeypatch
 # ---------------------------------------------------------------------------------------------
 # A user's own images
 
-OWN_NAMES = {
-    "vae": "model=vae_z=10_data=mine_run=0000",
-    "gmvae": "model=gmvae_z=10_k=500_data=mine_run=0000",
-    "ssvae": "model=ssvae_gw=001_cw=100_labels=50_data=mine_run=0000",
-    "fsvae": "model=fsvae_data=mine_run=0000",
-}
+OWN_NAMES = {model: name.replace("digits", "mine") for model, name in NAMES.items()}
+OWN_NAMES["ssvae"] = OWN_NAMES["ssvae"].replace("_data", "_labels=50_data")
 
 
 def grey(n: int, seed: int = 0) -> np.ndarray:
@@ -531,6 +553,12 @@ def read(tmp_path):
         return data.own(str(tmp_path / "mine.npz"), split, in_colour, labelled)
 
     return images
+
+
+def test_a_file_that_fills_the_memory_is_not_called_damaged(own, monkeypatch):
+    monkeypatch.setattr(data, "read_array", raising(MemoryError()))
+    line = only_error(own("vae", "--iter_max", 1, content=right("vae")), 1)
+    assert "out of memory" in line
 
 
 def bounds_of(folder: Path, x: np.ndarray, ms: list[int]) -> dict[str, float]:

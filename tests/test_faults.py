@@ -7,9 +7,9 @@ import errno
 import io
 import os
 import random
-import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +27,6 @@ from conftest import (
     needs_compiler,
     only_error,
     raising,
-    random_images,
     same,
     signal_at,
     state,
@@ -36,6 +35,7 @@ from conftest import (
     tree,
     wait_for,
 )
+from untrained import noise
 
 import run_vae
 from codebase import checkpoint, data, evaluate, train
@@ -103,7 +103,7 @@ def renames(monkeypatch):
 @pytest.fixture
 def small(few, monkeypatch, script, tmp_path):
     """small(folder, *flags): a quick training that saves, closes rows and writes at other steps."""
-    monkeypatch.setattr(data, "load", lambda run, split: random_images(120, 3072))
+    monkeypatch.setattr(data, "load", lambda run, split: noise(120, 3072))
     for name in ["Encoder", "Decoder"]:
         wide = getattr(nns, name)
 
@@ -264,6 +264,15 @@ def test_a_signal_saves_the_state(number, code, few, script, monkeypatch, tmp_pa
     assert state(tmp_path)["step"] == 3
 
 
+def test_a_new_training_has_no_tests_of_the_old_one(few, script, monkeypatch, tmp_path):
+    """Whose checkpoints were removed by hand."""
+    lines(script("vae", "--iter_max", 4))
+    shutil.rmtree(tmp_path / "checkpoints")
+    signal_at(monkeypatch, 3, signal.SIGINT)
+    only_error(script("vae", "--iter_max", 6), 130)
+    assert not (tmp_path / "logs" / NAME / "test.csv").exists()
+
+
 def test_under_nohup_a_hang_up_stays_ignored(few, script, monkeypatch, tmp_path):
     signal_at(monkeypatch, 2, signal.SIGHUP)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -313,12 +322,34 @@ def test_a_stopped_series_names_what_resumes(few, script, monkeypatch):
     with monkeypatch.context() as patch:
         signal_at(patch, 6, signal.SIGINT)  # the second step of the second run
         stopped = script("vae", *series, "--overwrite", 1)
-    advice = only_error(stopped, 130).split("to resume: ")[1]
-    resume, rest, _ = re.split("; then the rest of the series: |; the summary", advice)
-    assert "resuming from step 2" in lines(script("vae", *shlex.split(resume)[2:]))
+    rest, same_series = only_error(stopped, 130).split("to resume: ")[1].split(" && ")
     lines(script("vae", *shlex.split(rest)[2:]))
+    resumed = lines(script("vae", *shlex.split(same_series)[2:]))
+    assert [line for line in resumed if line.startswith("resuming")] == ["resuming from step 2"]
+    assert sum("trained before" in line for line in resumed) == 2
     evaluated = lines(script("vae", *series))
     assert sum("trained before" in line for line in evaluated) == 3
+
+
+def test_an_evaluation_that_is_interrupted_costs_no_training(few, script, monkeypatch):
+    """With --overwrite 1 the same command would train again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "latent_use", raising(KeyboardInterrupt()))  # after the training
+        line = only_error(script("vae", "--iter_max", 2, "--overwrite", 1), 130)
+    assert "interrupted; to resume: python run_vae.py" in line
+    assert "--overwrite" not in line
+    resumed = lines(script("vae", *shlex.split(line.split("to resume: ")[1])[2:]))
+    assert any("trained before" in line for line in resumed)
+
+
+def test_processes_of_torchrun_resume_by_torchrun(monkeypatch):
+    """Its own options are not known to the script."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    first = run_vae.parse(["--runs", "3", "--overwrite", "1"])
+    rest, same_series = launch.how_to_resume(first, [2]).removeprefix("to resume: ").split(" && ")
+    assert rest.startswith("torchrun ... -- ")
+    assert rest.endswith("--run 2 --runs 1 --seed 2 --overwrite 1")
+    assert same_series.endswith(" --runs 3")
 
 
 LATE = {  # what is called late in a training of three steps, and which call of it is the late one
@@ -434,14 +465,17 @@ def test_denormal_numbers_are_zero_only_inside_runs():
 
 def test_a_second_process_on_a_run_is_refused(tmp_path, digits_dir, script):
     """And the dead hold nothing."""
-    process = start("vae", tmp_path, digits_dir, "--iter_max", 100_000)
-    wait_for(state_file(tmp_path), process)
-    before = tree(tmp_path / "checkpoints").keys()
-    line = only_error(script("vae", "--iter_max", 100_000))
-    assert "is in use by another process" in line
-    assert tree(tmp_path / "checkpoints").keys() == before
-    process.kill()
-    process.communicate()
+    long = ["--iter_max", 100_000, "--iter_save", 100_000, "--compile", 0]
+    process = start("vae", tmp_path, digits_dir, *long)
+    try:
+        wait_for(state_file(tmp_path), process)
+        before = tree(tmp_path / "checkpoints").keys()
+        line = only_error(script("vae", *long))
+        assert "is in use by another process" in line
+        assert tree(tmp_path / "checkpoints").keys() == before
+    finally:
+        process.kill()
+        process.communicate()
     lines(script("vae", "--iter_max", 2, "--overwrite", 1))
 
 

@@ -23,7 +23,7 @@ import torch
 from conftest import NAMES, only_error, stored
 
 import run_vae
-from codebase.runtime import jobs
+from codebase.runtime import jobs, launch
 from codebase.runtime.parallel import Processes
 
 STEPS = 120
@@ -209,7 +209,7 @@ def test_missing_data_is_looked_for_once(main, no_network):
 def test_a_stopped_overwrite_names_what_is_left():
     """Runs 4, 7 and 8 had not begun: they are still to be overwritten, with the same threads."""
     flags = "--runs 6 --run 3 --seed 8 --jobs auto --overwrite=1 --data digits".split()
-    advice = jobs.how_to_resume(run_vae.parse(flags), [4, 7, 8], count=2)
+    advice = launch.how_to_resume(run_vae.parse(flags), [4, 7, 8], count=2)
     *rest, same = advice.removeprefix("to resume: ").split(" && ")
     runs = [run_vae.parse(shlex.split(command)[2:]) for command in [*rest, same]]
     found = [(run.run, run.runs, run.seed, run.overwrite, run.jobs) for run in runs]

@@ -27,7 +27,7 @@ class FSVAE(nns.NormalPriorModel):
         One sample of z is drawn per image. Returns nelbo, kl_z, rec: scalars in nats, averaged
         over the batch, with nelbo = kl_z + rec. rec carries the normalising constant
         3072/2 log(2 pi / 10) and so may be negative.
-        Raises ValueError unless y are one-hot labels, (batch, 10).
+        Raises ValueError unless y has the shape of one-hot labels, (batch, 10).
         """
         nns.check_labels(x, y)
         qm, qv = self.enc(x, y)

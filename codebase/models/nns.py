@@ -141,7 +141,7 @@ def check_pixels(x: Tensor) -> None:
 
 
 def check_labels(x: Tensor, y: Tensor) -> None:
-    """Raise ValueError unless y (batch, 10) are one-hot labels of the images x (batch, x_dim)."""
+    """Raise ValueError unless y has the shape of one-hot labels of x: (batch, 10)."""
     if y.shape != (*x.shape[:-1], 10):
         message = f"y must be one-hot labels of shape (batch, 10), not {tuple(y.shape)}, "
         message += f"beside images x of shape {tuple(x.shape)}; "

@@ -55,7 +55,7 @@ class SSVAE(nns.NormalPriorModel):
         kl_z_given_y = utils.kl_normal(qm, qv, self.z_prior_m, self.z_prior_v)  # (10, batch)
         log_p_x = utils.log_bernoulli_with_logits(x, self.dec(z, y))  # (10, batch)
 
-        # Contiguous, because the gradients of all pixels take their layout in memory from it.
+        # Contiguous: a transposed q_y would give the gradients of all pixels its transposed layout.
         weights = q_y.T.contiguous()  # (10, batch)
         kl_z = (weights * kl_z_given_y).sum(0)  # (batch,)
         rec = -(weights * log_p_x).sum(0)  # (batch,)
@@ -64,7 +64,7 @@ class SSVAE(nns.NormalPriorModel):
     def classification_cross_entropy(self, x: Tensor, y: Tensor) -> Tensor:
         """-log q(y | x) in nats, averaged over the batch.
 
-        Raises ValueError unless y are one-hot labels, (batch, 10).
+        Raises ValueError unless y has the shape of one-hot labels, (batch, 10).
         """
         nns.check_labels(x, y)
         return F.cross_entropy(self.cls(x), y.argmax(-1))
@@ -73,7 +73,7 @@ class SSVAE(nns.NormalPriorModel):
         """gen_weight * nelbo(x) + class_weight * cross-entropy on the labelled (xl, yl).
 
         Returns the loss and its terms by name; with gen_weight = 0 the bound is not computed and
-        its terms read 0. Raises ValueError unless yl are one-hot labels, (batch, 10).
+        its terms read 0. Raises ValueError unless yl has the shape of one-hot labels, (batch, 10).
         """
         nns.check_labels(xl, yl)
         logits = self.cls(xl)

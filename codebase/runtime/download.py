@@ -32,9 +32,9 @@ def files(run: Run) -> list[Path]:
 
 def is_usable(run: Run) -> bool:
     """Whether the files that are there are enough: an FSVAE can do without the test split."""
-    there = [path.exists() for path in files(run)]
+    there = [os.path.exists(path) for path in files(run)]
     if run.real_data == "svhn":
-        return there[0] or Path(run.data_dir, f"{run.split}_32x32.mat").exists()
+        return there[0] or os.path.exists(Path(run.data_dir, f"{run.split}_32x32.mat"))
     return all(there)
 
 
@@ -86,6 +86,8 @@ def require_checkpoint(run: Run) -> None:
     advice = f"to train one: {run.command(without=['--train'])}"
     if steps and not state_path(run.name).exists():
         advice = "it has no state to resume from: give one of these, or train another --run"
+    elif steps and run.iter_max < steps[-1]:
+        advice = "it was trained further: give one of these, or train another --run"
     clone = Path(__file__).resolve().parents[2]
     if not steps and (clone / path).is_file():
         advice = f"there is one in {clone / 'checkpoints'}: run the script in {clone}"
@@ -181,7 +183,7 @@ def fetch(run: Run) -> str | None:
     taken for whole. Returns None, or in a few words why they could not be had. Raises UsageError
     where the folder for them cannot be made.
     """
-    missing = [path for path in files(run) if not path.exists()]
+    missing = [path for path in files(run) if not os.path.exists(path)]
     if not missing:
         return None
     folder = Path(run.data_dir)
@@ -220,7 +222,7 @@ def fetch_mnist(run: Run, place: str) -> None:
     for path in files(run.changed(train=1)):
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(Path(place, "MNIST", "raw", path.name), path)
+            move(Path(place, "MNIST", "raw", path.name), path)
 
 
 def fetch_svhn(missing: list[Path], place: str) -> None:
@@ -231,14 +233,22 @@ def fetch_svhn(missing: list[Path], place: str) -> None:
         split = path.name.split("_")[0]
         url, name, md5 = datasets.SVHN.split_list[split]
         datasets.utils.download_url(url, place, name, md5)
-        os.replace(Path(place, name), path)
+        move(Path(place, name), path)
+
+
+def move(whole: Path, goal: Path) -> None:
+    """Move a whole file to its goal, which may be on another disk; no part of it is seen there."""
+    beside = goal.with_name(f".{goal.name}.tmp")
+    shutil.move(whole, beside)
+    os.replace(beside, goal)
 
 
 def remove_left_over(folder: Path) -> None:
     """Remove what downloads left that were killed; those of the last day may be under way."""
     for left_over in folder.glob(".download-*"):
-        if time.time() - left_over.stat().st_mtime > A_DAY:
-            shutil.rmtree(left_over, ignore_errors=True)
+        with suppress(OSError):  # of a download that ends just now
+            if time.time() - left_over.stat().st_mtime > A_DAY:
+                shutil.rmtree(left_over, ignore_errors=True)
 
 
 def in_few_words(error: Exception) -> str:

@@ -59,9 +59,12 @@ def state_path(name: str) -> Path:
 
 def stored_steps(name: str) -> list[int]:
     """The steps of the run's checkpoints, ascending."""
-    paths = checkpoint_dir(name).glob("model-*.pt")
-    steps = [path.stem.removeprefix("model-") for path in paths]
-    return sorted(int(step) for step in steps if step.isdecimal())
+    steps = []
+    for path in checkpoint_dir(name).glob("model-*.pt"):
+        step = path.stem.removeprefix("model-")
+        if step.isdecimal() and path == model_path(name, int(step)):
+            steps.append(int(step))
+    return sorted(steps)
 
 
 def write(path: Path, content: bytes) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from codebase.runtime import signals
-from codebase.runtime.files import UsageError, state_path
+from codebase.runtime.files import UsageError
 from codebase.runtime.options import Run
 
 PROCESSES = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
@@ -232,7 +232,8 @@ def work(
     tqdm.set_lock(threading.RLock())  # its own is shared: a killed process would hold it for ever
     sys.stdout = Lines(pipe, "stdout", seconds)
     sys.stderr = Lines(pipe, "stderr", seconds)
-    sys.stdout.send("result", do_run(run))
+    result = do_run(run)
+    sys.stdout.send("result", result)
 
 
 def end_with_parent() -> None:
@@ -266,39 +267,3 @@ class Lines(io.TextIOBase):
     def send(self, kind: str, content: Any) -> None:
         with self.lock, contextlib.suppress(OSError):
             self.pipe.send((kind, content))
-
-
-# ---------------------------------------------------------------------------------------------
-# Words for a series that a signal stopped
-
-
-def state_stamp(run: Run) -> tuple[int, int] | None:
-    """Number and time of a run's state file, which change when it is replaced; None: no file."""
-    try:
-        file = state_path(run.name).stat()
-    except OSError:
-        return None
-    return file.st_ino, file.st_mtime_ns
-
-
-def how_to_resume(first: Run, not_begun: list[int], count: int) -> str:
-    """What to type to resume a series; not_begun: runs that --overwrite 1 has yet to start over.
-
-    count: how many runs at a time, which gives them their threads.
-    """
-    if not first.overwrite:
-        return "the same command resumes every run from its last state"
-    ranges: list[list[int]] = []
-    for number in not_begun:
-        if ranges and ranges[-1][-1] == number - 1:
-            ranges[-1].append(number)
-        else:
-            ranges.append([number])
-    series = ["--overwrite", "--run", "--runs", "--seed", "--jobs"]
-    commands = []
-    for numbers in ranges:
-        run = first.numbered(numbers[0])
-        flags = {"run": run.run, "runs": len(numbers), "seed": run.seed, "jobs": count}
-        commands.append(first.command(series, **flags, overwrite=1))
-    commands.append(first.command(["--overwrite", "--jobs"], jobs=count))
-    return f"to resume: {' && '.join(commands)}"

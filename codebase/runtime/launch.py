@@ -21,6 +21,8 @@ from codebase.runtime.options import Run
 # number.
 SPIN_COUNT = "1000"
 
+SAME_COMMAND = "the same command resumes from there"
+
 # What a file system without locks answers, as NFS without lockd and some SMB shares.
 NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL]
 
@@ -47,8 +49,9 @@ def launch(
         except BaseException as error:  # outside of any run: no such device, a signal
             if first is None and isinstance(error, SystemExit):
                 raise  # the parser has spoken
-            of_all = isinstance(error, files.UsageError | SystemExit)  # every process has it
-            speak = not of_all or options.speaks_for_all()
+            # Every process of torchrun has these: the first one says it.
+            everybody_has_it = isinstance(error, files.UsageError | SystemExit)
+            speak = not everybody_has_it or options.speaks_for_all()
             if not speak and isinstance(error, files.UsageError):
                 time.sleep(5)  # torchrun ends the first process where another one ends before it
             return explain(error, first, speak)
@@ -66,7 +69,7 @@ def do_runs(first: Run, one_run: Callable[..., dict[str, float]]) -> int:
     with parallel.join(first.device) as processes:
         count = jobs.how_many(first, processes)
         if count > 1:
-            code, done = side_by_side(first, one_run, processes, count)
+            code, done = several_at_a_time(first, one_run, processes, count)
         else:
             code, done = one_after_another(first, one_run, processes)
         if code > 128 or (code and processes.size > 1):
@@ -92,18 +95,26 @@ def one_after_another(first: Run, one_run: Callable, processes) -> tuple[int, Fi
     done = []
     with own_torch_settings(processes.device):
         for run in first.of_series():
+            stamp = None
             try:
                 run = with_data_and_device(run, processes)
+                stamp = state_stamp(run)
                 with lock(run.name, processes):
                     done.append((run, one_run(run, processes)))
             except BaseException as error:
-                code = max(code, explain(error, run, processes.speaks_of_failure(error)))
+                begun = state_stamp(run) != stamp
+                left = run.run + 1 if begun else run.run
+                resume = how_to_resume(first, list(range(left, first.run + first.runs)))
+                speak = processes.speaks_of_failure(error)
+                code = max(code, explain(error, run, speak, resume))
                 if code > 128 or processes.size > 1:
                     break
     return code, done
 
 
-def side_by_side(first: Run, one_run: Callable, processes, count: int) -> tuple[int, FinishedRuns]:
+def several_at_a_time(
+    first: Run, one_run: Callable, processes, count: int
+) -> tuple[int, FinishedRuns]:
     """Do so many runs at a time; return the exit code and what was done."""
     from codebase.runtime import jobs
 
@@ -118,7 +129,7 @@ def side_by_side(first: Run, one_run: Callable, processes, count: int) -> tuple[
             runs.append(run)
         except files.UsageError as error:
             code = max(code, explain(error, run, True))
-    stamps = [jobs.state_stamp(run) for run in runs]
+    stamps = [state_stamp(run) for run in runs]
     results, stop = jobs.side_by_side(runs, count, functools.partial(one_job, one_run))
     done = []
     for run in runs:
@@ -131,8 +142,9 @@ def side_by_side(first: Run, one_run: Callable, processes, count: int) -> tuple[
         code = 128 + stop
     if code > 128:
         pairs = zip(runs, stamps, strict=True)
-        not_begun = [run.run for run, stamp in pairs if jobs.state_stamp(run) == stamp]
-        say(f"stopped; {jobs.how_to_resume(first, not_begun, count)}")
+        not_begun = [run.run for run, stamp in pairs if state_stamp(run) == stamp]
+        same = "the same command resumes every run from its last state"
+        print_last_line(f"stopped; {how_to_resume(first, not_begun, count) or same}")
     return code, done
 
 
@@ -243,9 +255,11 @@ def release(file_lock, folder: Path) -> None:
             (folder / ".lock").unlink()
     with contextlib.suppress(OSError):
         file_lock.release()
+    if unused and os.name == "nt":
+        with contextlib.suppress(OSError):
+            (folder / ".lock").unlink()
     if unused:
         with contextlib.suppress(OSError):  # other runs are in the folder above
-            (folder / ".lock").unlink(missing_ok=True)
             folder.rmdir()
             folder.parent.rmdir()
 
@@ -314,60 +328,86 @@ def own_torch_settings(device: str) -> Iterator[None]:
 # Failures
 
 
-def explain(error: BaseException, run: Run | None, speak: bool) -> int:
-    """Say in one line why a run failed, below a traceback where that is a bug; return the code."""
+def explain(error: BaseException, run: Run | None, speak: bool, resume: str = "") -> int:
+    """Say in one line why a run failed, below a traceback where that is a bug; return the code.
+
+    resume: what to type where the same command would not resume the run.
+    """
     message = (str(error).strip() or type(error).__name__).splitlines()[0]
     line = f"error: {message}"
     code = 1
     if isinstance(error, files.FailedElsewhere):
         return code
     if isinstance(error, files.Stopped):
-        line = f"{message}; {how_to_resume(run)}"
+        line = f"{message}; {resume or SAME_COMMAND}"
         code = 128 + error.signal_number
     elif isinstance(error, KeyboardInterrupt):
-        line = "interrupted"
+        line = f"interrupted; {resume}" if resume else "interrupted"
         code = 130
     elif isinstance(error, SystemExit):
-        line = "terminated"
+        line = f"terminated; {resume}" if resume else "terminated"
         code = error.code
     elif isinstance(error, files.UsageError):
         code = 2
     elif isinstance(error, MemoryError) or "out of memory" in line or "allocate memory" in line:
         line += f": out of memory; {how_to_need_less_memory(run)}"
     elif isinstance(error, files.ProcessLost):
-        line += f"; its last state is stored: {how_to_resume(run)}"
-    elif isinstance(error, OSError):
+        line += f"; its last state is stored: {resume or SAME_COMMAND}"
+    elif isinstance(error, OSError) and error.errno is not None:
         where = error.filename or "while writing"
         line = f"error: {error.strerror or message}: {where}; checkpoints are intact"
     elif not isinstance(error, files.RunError) and speak:
         with contextlib.suppress(OSError):  # a closed terminal takes no words
             traceback.print_exception(error)
     if speak:
-        say(line)
+        print_last_line(line)
     return code
 
 
-def say(line: str) -> None:
-    """Print a last word; a closed terminal takes none."""
+def print_last_line(line: str) -> None:
+    """Print why the script ends; a closed terminal takes no words."""
     with contextlib.suppress(OSError):
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
 
 
-def how_to_resume(run: Run) -> str:
-    """What to type to resume a run that was stopped: with --overwrite 1 it would start over."""
-    if not run.overwrite:
-        return "the same command resumes from there"
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        return "the same command without --overwrite resumes from there"
-    if run.runs == 1:
-        return f"to resume: {run.command(without=['--overwrite'])}"
-    # Of a series, the runs to come have not been overwritten yet.
-    rest = run.numbered(run.run + 1)
-    series = ["--overwrite", "--run", "--runs", "--seed"]
-    this_run = run.command(series, run=run.run, seed=run.seed)
-    others = run.command(series, run=rest.run, runs=rest.runs, seed=rest.seed, overwrite=1)
-    summary = "the summary comes from the same command without --overwrite"
-    return f"to resume: {this_run}; then the rest of the series: {others}; {summary}"
+def state_stamp(run: Run) -> tuple[int, int] | None:
+    """Number and time of a run's state file, which change when it is replaced; None: no file."""
+    try:
+        file = files.state_path(run.name).stat()
+    except OSError:
+        return None
+    return file.st_ino, file.st_mtime_ns
+
+
+def how_to_resume(first: Run, not_begun: list[int], count: int = 1) -> str:
+    """What to type to resume the series that begins with a run, or "": the same command does it.
+
+    With --overwrite 1 the same command would start over what was trained. not_begun: runs that are
+    still to be started over; count: how many runs at a time, which gives them their threads.
+    """
+    if not first.overwrite or len(not_begun) == first.runs:
+        return ""
+    jobs = {"jobs": count} if count > 1 else {}
+    without = ["--overwrite", *[f"--{flag}" for flag in jobs]]
+    commands = []
+    for numbers in consecutive(not_begun):
+        run = first.numbered(numbers[0])
+        flags = {"run": run.run, "runs": len(numbers), "seed": run.seed, **jobs}
+        rest = [*without, "--run", "--runs", "--seed"]
+        commands.append(first.command(rest, **flags, overwrite=1))
+    commands.append(first.command(without, **jobs))
+    return f"to resume: {' && '.join(commands)}"
+
+
+def consecutive(numbers: list[int]) -> list[list[int]]:
+    """Ascending numbers, in parts without a gap."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return parts
 
 
 def how_to_need_less_memory(run: Run | None) -> str:
@@ -377,6 +417,10 @@ def how_to_need_less_memory(run: Run | None) -> str:
     sizes = [f"--{flag}" for flag in ["batch_size", "k", "z"] if hasattr(run, flag)]
     if run.jobs != 1:
         sizes.insert(0, "--jobs")
+    if getattr(run, "train_iw", 1) > 1:
+        sizes.append("--train_iw")
+    if run.train and getattr(run, "split", "") == "extra" and run.data == "svhn":
+        return f"use a smaller {' or '.join(sizes)}, or --split train"
     if run.train:
         return f"use a smaller {' or '.join(sizes)}"
     smaller = ""

@@ -82,12 +82,17 @@ class Run(SimpleNamespace):
             settings["schedule"] = self.schedule
             settings["iter_max"] = self.iter_max
         settings["data"] = self.data
+        if self.data == self.real_data and not self.check_data:
+            settings["data"] += " (--check_data 0)"
         if self.own_images:
             settings["data"] = f"a file of SHA-256 {read_once(self.data)[1]}"
         return settings
 
     def command(self, without: list[str], **flags: int) -> str:
-        """The command line, as it can be pasted, without some flags and with others in the end."""
+        """The command line, as it can be pasted, without some flags and with others in the end.
+
+        The options of torchrun are not known here, and stay open.
+        """
         words = list(self.words)
         for position in range(len(words) - 1, 0, -1):
             flag, equals, _ = words[position].partition("=")
@@ -95,7 +100,10 @@ class Run(SimpleNamespace):
                 del words[position : position + (1 if equals else 2)]
         for flag, value in flags.items():
             words += [f"--{flag}", str(value)]
-        return shlex.join(["python", *words])
+        program = ["python"]
+        if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
+            program = ["torchrun", "...", "--"]
+        return shlex.join([*program, *words])
 
 
 @functools.lru_cache(1)

@@ -155,7 +155,8 @@ def find(model: nn.Module, run: Run) -> tuple[dict[str, Tensor] | None, dict[str
     """What a run begins with: the weights of step --iter_max, the state to resume from, or neither.
 
     Under --train 0 these are the weights, and nothing else will do. Else:
-    - without a state, the weights if there is a checkpoint of that step; neither if there is none;
+    - without a state, the weights if there is a checkpoint of that step;
+    - without a state and without any checkpoint, neither: training begins;
     - with a state of that step or beyond it, the weights if there is a checkpoint of that step;
     - with a state of that step or before it, the state.
     Anything else raises UsageError, which says what to give.
@@ -215,7 +216,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     """Read tensors and plain values, on the CPU. Code in the file is never run.
 
     Raises Missing where there is no file, UsageError where it is damaged. The CRC-32 of a zip file
-    tells; files from before torch 1.6 have none, and tell only where they are torn.
+    tells; files from before torch 1.6 have none, and in those only a cut is noticed.
     """
     if not path.is_file():
         raise Missing(f"there is no file {path}")

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ class Images:
 
         They can in MNIST itself and in the drawn digits that take its place.
         """
-        counts = torch.bincount(self.labels.cpu() + 1).tolist()  # of -1, that is no label, first
+        counts = torch.bincount(self.labels.cpu() + 1).tolist()  # first the count of -1, no label
         return counts == [0, *COURSE["class_counts"][split]]
 
     def positions(self, split: str, each: int = 10) -> Tensor:
@@ -163,7 +164,7 @@ def has_test_set(run: Run) -> bool:
     """Whether there are images for an FSVAE's evaluation that it was not trained on."""
     if run.data != "svhn":
         return True
-    return run.split != "test" and Path(run.data_dir, "test_32x32.mat").exists()
+    return run.split != "test" and os.path.exists(Path(run.data_dir, "test_32x32.mat"))
 
 
 def course(split: str) -> Images:

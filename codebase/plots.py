@@ -228,9 +228,10 @@ def curves(folder: Path) -> list[str]:
 
 
 def read_table(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a .csv file by name, or none where it is not there or empty.
+    """The columns of a .csv file by name, or none.
 
-    Nor where another program has stored it in a form of its own, as with semicolons.
+    There are none where the file is not there or empty, or where another program has stored it in a
+    form of its own, as with semicolons.
     """
     if not path.exists():
         return {}

@@ -356,9 +356,12 @@ class Metrics:
         return [step, *means.values(), round(time.monotonic() - self.began, 3)]
 
     def write(self, step: int) -> None:
-        """Write metrics.csv and, once there is a checkpoint with metrics, test.csv."""
+        """Write metrics.csv and, once there is a checkpoint with metrics, test.csv.
+
+        Until then a test.csv that is there is of an earlier training, and is removed.
+        """
         self.write_terms(step)
-        if not self.tests:  # one that is there is of a run whose checkpoints were removed
+        if not self.tests:
             (self.folder / "test.csv").unlink(missing_ok=True)
         else:
             names = list(next(iter(self.tests.values())))

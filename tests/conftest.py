@@ -4,7 +4,6 @@ import csv
 import importlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -211,10 +210,9 @@ def lines(result: subprocess.CompletedProcess) -> list[str]:
 
 
 def only_error(result: subprocess.CompletedProcess, code: int = 2) -> str:
-    """The one line on stderr of a command that ended with that code, but for its progress."""
+    """The one line on stderr of a command that ended with that code."""
     assert result.returncode == code, result
-    progress = re.compile(r"(run \d+: )?(step|sample) \d+ of \d+.*")  # on a slow machine
-    (line,) = [line for line in result.stderr.splitlines() if not progress.fullmatch(line)]
+    (line,) = result.stderr.splitlines()
     return line
 
 

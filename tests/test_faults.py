@@ -41,7 +41,7 @@ import run_vae
 from codebase import checkpoint, data, evaluate, train
 from codebase.models import nns
 from codebase.models.vae import VAE
-from codebase.runtime import files, launch, log
+from codebase.runtime import download, files, launch, log
 
 fcntl = pytest.importorskip("fcntl", reason="no POSIX locks on this machine")
 
@@ -340,6 +340,18 @@ def test_an_evaluation_that_is_interrupted_costs_no_training(few, script, monkey
     assert "--overwrite" not in line
     resumed = lines(script("vae", *shlex.split(line.split("to resume: ")[1])[2:]))
     assert any("trained before" in line for line in resumed)
+
+
+def test_what_is_interrupted_before_it_begins_is_still_to_be_overwritten(
+    few, script, monkeypatch, tmp_path
+):
+    """The same command is right then, and no other one is named."""
+    lines(script("vae", "--iter_max", 2))
+    before = stored(tmp_path)
+    monkeypatch.setattr(download, "choose_data", raising(KeyboardInterrupt()))
+    line = only_error(script("vae", "--iter_max", 2, "--overwrite", 1), 130)
+    assert line.endswith(": interrupted")
+    assert stored(tmp_path) == before
 
 
 def test_processes_of_torchrun_resume_by_torchrun(monkeypatch):

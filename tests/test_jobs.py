@@ -101,7 +101,10 @@ def test_a_failed_run_of_several_at_once_is_reported(tmp_path, digits_dir):
     (tmp_path / "logs" / name(0)).mkdir(parents=True)
     with filelock.FileLock(tmp_path / "logs" / name(0) / ".lock"):
         result = finish(tmp_path, series(digits_dir, "--jobs", 2, "--runs", 2, "--iter_max", 10))
-    line = only_error(result)
+    assert result.returncode == 2
+    said = result.stderr.splitlines()
+    # On a slow machine the other run shows its progress.
+    (line,) = [line for line in said if not jobs.PROGRESS.fullmatch(line.removeprefix("run 1: "))]
     assert line.startswith("run 0: ")
     assert "is in use by another process" in line
     assert json.loads((tmp_path / SUMMARY).read_text())["runs"] == [1]
@@ -150,7 +153,7 @@ def test_a_hang_up_ends_bars_and_says_what_is_still_to_be_overwritten(tmp_path, 
     assert f"step 1 of {STEPS}" not in shown
     advice = shown.splitlines()[-1].split("stopped; to resume: ")[1]
     rest, same = advice.split(" && ")
-    assert shlex.split(rest)[-8:] == "--run 2 --runs 1 --seed 2 --overwrite 1".split()
+    assert shlex.split(rest)[-10:] == "--run 2 --runs 1 --seed 2 --jobs 2 --overwrite 1".split()
     assert shlex.split(same)[2:] == words[2:-2]
 
 

@@ -244,9 +244,10 @@ def test_processes_without_a_shared_folder_stop_together(processes, tmp_path, sc
     other.mkdir()
     lines(script("vae", *SHORT, cwd=other))  # further on, and not to be used
     before = tree(other)
-    assert "stopped at step 12, state saved" in only_complaint(
-        processes(2, FAULTY, "terminated at 12", *SHORT)
-    )
+    stopped = processes(2, FAULTY, "terminated at 12", *SHORT, "--overwrite", 1)
+    line = only_complaint(stopped)
+    assert "stopped at step 12, state saved; to resume: torchrun ... -- " in line
+    assert "--overwrite" not in line
     assert state(first)["step"] == 12
     assert tree(other) == before  # the first process alone writes
 

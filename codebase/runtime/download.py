@@ -129,15 +129,15 @@ def near_miss(run: Run) -> str:
     """Where the run's missing files lie otherwise, and what mends it, in a few words, or ""."""
     found = []
     for wanted in files(run):
-        there = [place for place in places(run, wanted) if place.is_file()]
-        if there and not wanted.exists():
+        there = [place for place in places(run, wanted) if os.path.isfile(place)]
+        if there and not os.path.exists(wanted):
             found.append((there[0], wanted))
     if found:
         return how_to_mend(found)
     if run.real_data == "svhn" and run.train:
         for split in ["train", "extra"]:
             path = Path(run.data_dir, f"{split}_32x32.mat")
-            if path.exists():
+            if os.path.exists(path):
                 return f"there is {path}: give --split {split} to train on it"
     return ""
 
@@ -220,7 +220,7 @@ def fetch_mnist(run: Run, place: str) -> None:
 
     datasets.MNIST(place, download=True)
     for path in files(run.changed(train=1)):
-        if not path.exists():
+        if not os.path.exists(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             move(Path(place, "MNIST", "raw", path.name), path)
 
@@ -238,9 +238,8 @@ def fetch_svhn(missing: list[Path], place: str) -> None:
 
 def move(whole: Path, goal: Path) -> None:
     """Move a whole file to its goal, which may be on another disk; no part of it is seen there."""
-    beside = goal.with_name(f".{goal.name}.tmp")
-    shutil.move(whole, beside)
-    os.replace(beside, goal)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=goal.parent) as beside:
+        os.replace(shutil.move(whole, beside), goal)
 
 
 def remove_left_over(folder: Path) -> None:

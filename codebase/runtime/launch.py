@@ -95,14 +95,16 @@ def one_after_another(first: Run, one_run: Callable, processes) -> tuple[int, Fi
     done = []
     with own_torch_settings(processes.device):
         for run in first.of_series():
-            stamp = None
+            stamp = state_stamp(run)
             try:
                 run = with_data_and_device(run, processes)
                 stamp = state_stamp(run)
                 with lock(run.name, processes):
                     done.append((run, one_run(run, processes)))
             except BaseException as error:
-                begun = state_stamp(run) != stamp
+                # Of processes without a shared folder, the first one alone has written the state.
+                stored = isinstance(error, files.Stopped | files.ProcessLost)
+                begun = stored or state_stamp(run) != stamp
                 left = run.run + 1 if begun else run.run
                 resume = how_to_resume(first, list(range(left, first.run + first.runs)))
                 speak = processes.speaks_of_failure(error)
@@ -144,6 +146,8 @@ def several_at_a_time(
         pairs = zip(runs, stamps, strict=True)
         not_begun = [run.run for run, stamp in pairs if state_stamp(run) == stamp]
         same = "the same command resumes every run from its last state"
+        if first.overwrite:
+            same = "no run had begun, so the same command does no harm"
         print_last_line(f"stopped; {how_to_resume(first, not_begun, count) or same}")
     return code, done
 
@@ -255,11 +259,10 @@ def release(file_lock, folder: Path) -> None:
             (folder / ".lock").unlink()
     with contextlib.suppress(OSError):
         file_lock.release()
-    if unused and os.name == "nt":
-        with contextlib.suppress(OSError):
-            (folder / ".lock").unlink()
     if unused:
         with contextlib.suppress(OSError):  # other runs are in the folder above
+            if os.name == "nt":
+                (folder / ".lock").unlink(missing_ok=True)
             folder.rmdir()
             folder.parent.rmdir()
 
@@ -414,16 +417,19 @@ def how_to_need_less_memory(run: Run | None) -> str:
     """Which flags make a run need less memory; the number of --iw's samples is none of them."""
     if run is None:
         return "end other programs"
-    sizes = [f"--{flag}" for flag in ["batch_size", "k", "z"] if hasattr(run, flag)]
-    if run.jobs != 1:
-        sizes.insert(0, "--jobs")
-    if getattr(run, "train_iw", 1) > 1:
-        sizes.append("--train_iw")
-    if run.train and getattr(run, "split", "") == "extra" and run.data == "svhn":
-        return f"use a smaller {' or '.join(sizes)}, or --split train"
+    jobs = ["--jobs"] if run.jobs != 1 else []
+    sizes = [f"--{flag}" for flag in ["k", "z"] if hasattr(run, flag)]
     if run.train:
-        return f"use a smaller {' or '.join(sizes)}"
-    smaller = ""
-    if sizes[1:]:
-        smaller = f"train a model with a smaller {' or '.join(sizes[1:])}, "
-    return f"{smaller}end other programs, or choose another --device"
+        smaller = [*jobs, "--batch_size", *sizes]
+        if getattr(run, "train_iw", 1) > 1:
+            smaller.append("--train_iw")
+        advice = f"use a smaller {' or '.join(smaller)}"
+        if run.data == "svhn" and run.split == "extra":
+            advice += ", or --split train"
+        return advice
+    advice = ""
+    if jobs:
+        advice += "use a smaller --jobs, "
+    if sizes:
+        advice += f"train a model with a smaller {' or '.join(sizes)}, "
+    return f"{advice}end other programs, or choose another --device"

@@ -82,8 +82,6 @@ class Run(SimpleNamespace):
             settings["schedule"] = self.schedule
             settings["iter_max"] = self.iter_max
         settings["data"] = self.data
-        if self.data == self.real_data and not self.check_data:
-            settings["data"] += " (--check_data 0)"
         if self.own_images:
             settings["data"] = f"a file of SHA-256 {read_once(self.data)[1]}"
         return settings
@@ -91,7 +89,7 @@ class Run(SimpleNamespace):
     def command(self, without: list[str], **flags: int) -> str:
         """The command line, as it can be pasted, without some flags and with others in the end.
 
-        The options of torchrun are not known here, and stay open.
+        The options of torchrun are not known here: "..." stands for them.
         """
         words = list(self.words)
         for position in range(len(words) - 1, 0, -1):
@@ -100,9 +98,7 @@ class Run(SimpleNamespace):
                 del words[position : position + (1 if equals else 2)]
         for flag, value in flags.items():
             words += [f"--{flag}", str(value)]
-        program = ["python"]
-        if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
-            program = ["torchrun", "...", "--"]
+        program = ["torchrun", "...", "--"] if of_torchrun() else ["python"]
         return shlex.join([*program, *words])
 
 
@@ -114,6 +110,11 @@ def read_once(path: str) -> tuple[bytes, str]:
     except OSError as error:
         raise UsageError(f"argument --data: {path} cannot be read ({error.strerror})") from error
     return content, hashlib.sha256(content).hexdigest()
+
+
+def of_torchrun() -> bool:
+    """Whether torchrun has started several processes, of which this is one."""
+    return os.environ.get("WORLD_SIZE", "") not in ("", "1")
 
 
 def speaks_for_all() -> bool:
@@ -273,7 +274,7 @@ class Parser(argparse.ArgumentParser):
         """
         if args.train == 0 and args.overwrite == 1:
             self.error("argument --overwrite: 1 trains anew and --train 0 does not; give one")
-        if args.jobs not in (1, "auto") and os.environ.get("WORLD_SIZE", "") not in ("", "1"):
+        if args.jobs not in (1, "auto") and of_torchrun():
             all_of_them = "the processes of torchrun do each run together"
             self.error(f"argument --jobs: {all_of_them}: leave it out, or unset WORLD_SIZE")
         # Defaults that --help gives in words, and of flags that only VAE and GMVAE have.

@@ -15,7 +15,7 @@ from codebase.checkpoint import load_model_by_name, save_model_by_name
 from codebase.models.ssvae import SSVAE
 from codebase.models.vae import BinaryVAE
 from codebase.runtime import download
-from codebase.runtime.files import UsageError
+from codebase.runtime.files import UsageError, is_there
 from codebase.runtime.options import Run
 
 __all__ = [
@@ -82,10 +82,10 @@ def have_files(run: Run, needed: list[Path]) -> None:
     """
     name = run.real_data.upper()
     print(f"{name}: looking in {Path(DATA_DIR).resolve()}")
-    if all(path.exists() for path in needed):
+    if all(is_there(path) for path in needed):
         return
     reason = download.fetch(run)
-    missing = [str(path) for path in needed if not path.exists()]
+    missing = [str(path) for path in needed if not is_there(path)]
     if missing:
         by_hand = f"put these files in place by hand: {', '.join(missing)}"
         raise UsageError(f"{name} cannot be downloaded to {DATA_DIR} ({reason}); {by_hand}")

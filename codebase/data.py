@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from codebase import digits
 from codebase.runtime import download
-from codebase.runtime.files import UsageError, write
+from codebase.runtime.files import UsageError, is_there, write
 from codebase.runtime.options import Run, read_once
 
 COURSE = json.loads(Path(__file__).with_name("course_subset.json").read_text())
@@ -164,7 +163,7 @@ def has_test_set(run: Run) -> bool:
     """Whether there are images for an FSVAE's evaluation that it was not trained on."""
     if run.data != "svhn":
         return True
-    return run.split != "test" and os.path.exists(Path(run.data_dir, "test_32x32.mat"))
+    return run.split != "test" and is_there(Path(run.data_dir, "test_32x32.mat"))
 
 
 def course(split: str) -> Images:

@@ -9,7 +9,14 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from codebase.runtime.files import Missing, UsageError, model_path, state_path, stored_steps
+from codebase.runtime.files import (
+    Missing,
+    UsageError,
+    is_there,
+    model_path,
+    state_path,
+    stored_steps,
+)
 from codebase.runtime.options import Run
 
 SILENCE = 10  # seconds without a byte after which a download is given up
@@ -32,9 +39,9 @@ def files(run: Run) -> list[Path]:
 
 def is_usable(run: Run) -> bool:
     """Whether the files that are there are enough: an FSVAE can do without the test split."""
-    there = [os.path.exists(path) for path in files(run)]
+    there = [is_there(path) for path in files(run)]
     if run.real_data == "svhn":
-        return there[0] or os.path.exists(Path(run.data_dir, f"{run.split}_32x32.mat"))
+        return there[0] or is_there(Path(run.data_dir, f"{run.split}_32x32.mat"))
     return all(there)
 
 
@@ -130,14 +137,14 @@ def near_miss(run: Run) -> str:
     found = []
     for wanted in files(run):
         there = [place for place in places(run, wanted) if os.path.isfile(place)]
-        if there and not os.path.exists(wanted):
+        if there and not is_there(wanted):
             found.append((there[0], wanted))
     if found:
         return how_to_mend(found)
     if run.real_data == "svhn" and run.train:
         for split in ["train", "extra"]:
             path = Path(run.data_dir, f"{split}_32x32.mat")
-            if os.path.exists(path):
+            if is_there(path):
                 return f"there is {path}: give --split {split} to train on it"
     return ""
 
@@ -183,11 +190,11 @@ def fetch(run: Run) -> str | None:
     taken for whole. Returns None, or in a few words why they could not be had. Raises UsageError
     where the folder for them cannot be made.
     """
-    missing = [path for path in files(run) if not os.path.exists(path)]
+    missing = [path for path in files(run) if not is_there(path)]
     if not missing:
         return None
     folder = Path(run.data_dir)
-    is_new = not folder.exists()
+    is_new = not is_there(folder)
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
@@ -220,7 +227,7 @@ def fetch_mnist(run: Run, place: str) -> None:
 
     datasets.MNIST(place, download=True)
     for path in files(run.changed(train=1)):
-        if not os.path.exists(path):
+        if not is_there(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             move(Path(place, "MNIST", "raw", path.name), path)
 

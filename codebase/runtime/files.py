@@ -41,6 +41,14 @@ def require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file or folder is there and can be seen.
+
+    In a folder that this user may not enter nothing is; Path.exists would raise PermissionError.
+    """
+    return os.path.exists(path)
+
+
 def checkpoint_dir(name: str) -> Path:
     return Path("checkpoints", name)
 

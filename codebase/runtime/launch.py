@@ -338,6 +338,7 @@ def explain(error: BaseException, run: Run | None, speak: bool, resume: str = ""
     """
     message = (str(error).strip() or type(error).__name__).splitlines()[0]
     line = f"error: {message}"
+    advice = f"; {resume}" if resume else ""
     code = 1
     if isinstance(error, files.FailedElsewhere):
         return code
@@ -345,10 +346,10 @@ def explain(error: BaseException, run: Run | None, speak: bool, resume: str = ""
         line = f"{message}; {resume or SAME_COMMAND}"
         code = 128 + error.signal_number
     elif isinstance(error, KeyboardInterrupt):
-        line = f"interrupted; {resume}" if resume else "interrupted"
+        line = f"interrupted{advice}"
         code = 130
     elif isinstance(error, SystemExit):
-        line = f"terminated; {resume}" if resume else "terminated"
+        line = f"terminated{advice}"
         code = error.code
     elif isinstance(error, files.UsageError):
         code = 2
@@ -392,12 +393,12 @@ def how_to_resume(first: Run, not_begun: list[int], count: int = 1) -> str:
         return ""
     jobs = {"jobs": count} if count > 1 else {}
     without = ["--overwrite", *[f"--{flag}" for flag in jobs]]
+    without_series = [*without, "--run", "--runs", "--seed"]
     commands = []
     for numbers in consecutive(not_begun):
         run = first.numbered(numbers[0])
         flags = {"run": run.run, "runs": len(numbers), "seed": run.seed, **jobs}
-        rest = [*without, "--run", "--runs", "--seed"]
-        commands.append(first.command(rest, **flags, overwrite=1))
+        commands.append(first.command(without_series, **flags, overwrite=1))
     commands.append(first.command(without, **jobs))
     return f"to resume: {' && '.join(commands)}"
 

@@ -106,7 +106,7 @@ for model, z, rate, schedule, step, k, seeds in [
     ("VAE", 50, 0.001, "cosine", 120_000, 5, 2),
     ("VAE", 50, 0.002, "cosine", 210_000, 5, 2),
     ("VAE", 50, 0.001, "cosine", 120_000, 50, 1),
-    ("VAE", 50, 0.002, "cosine", 210_000, 50, 1),
+    ("VAE", 50, 0.002, "cosine", 210_000, 50, 3),
     ("GMVAE", 50, 0.001, "cosine", 120_000, 1, 3),
 ]:
     stem = {"VAE": f"vae_z={z}", "GMVAE": f"gmvae_z={z}_k=500"}[model]

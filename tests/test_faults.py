@@ -509,6 +509,7 @@ def test_without_locks_a_run_warns_and_continues(few, script, monkeypatch, tmp_p
 # Numbers that are not finite
 
 
+@pytest.mark.filterwarnings("ignore:pixels outside")
 def test_a_loss_that_is_not_finite_stops_training(few, script, tmp_path, monkeypatch):
     """The last good checkpoint is kept."""
     monkeypatch.setattr(train, "LOG_EVERY", 2)
